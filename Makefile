@@ -1,0 +1,79 @@
+# Each target sets itself up: the first one run makes .venv from requirements.lock (see .ci/setup), the others find it.
+# Another interpreter: make PYTHON=python3.12 demo
+export PYTHON
+
+BIN := .venv/bin
+READY := .venv/.ready
+SMALLDOCS := _build/smalldocs/bin/smalldocs
+# What `make lock` holds still while it renews the rest.
+HOLD := torch==2.13.0
+PYTHONS := python3.11 python3.12 python3.13
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test book book-test zoo bench lab lint export check-export readme quarto-check lock dist test-pythons clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(READY): requirements.lock pyproject.toml settings.ini hatch_build.py
+	@.ci/setup
+
+demo: $(READY) ## scan the embedded models and say which of them are backdoored
+	$(BIN)/terd demo
+
+test: $(READY) ## run every test and every chapter, except those of the built book
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not browser'
+
+book: $(READY) ## build the book into _build/html; warnings are errors
+	$(BIN)/python book/build.py
+
+book-test: book ## open every page of the built book in Chromium
+	$(BIN)/pytest -n 2 -m browser
+
+# Training is a tenth faster when glibc keeps its large buffers.
+zoo: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+zoo: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+zoo: $(READY) ## train the embedded models again from their seeds
+	$(BIN)/terd zoo build
+
+bench: $(READY) ## measure the defence against its rivals
+	$(BIN)/terd bench
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+lint: $(READY) ## check the code's style
+	$(BIN)/ruff check .
+
+export: $(READY) ## write terd_nb/ from the notebooks, and clean their metadata
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: $(READY) ## write README.md from nbs/index.ipynb
+	$(BIN)/python book/readme.py
+
+check-export: export readme ## fail if the committed library or README is not what the notebooks give
+	@git --no-pager diff --exit-code --stat -- nbs terd_nb README.md
+	@new=$$(git ls-files --others --exclude-standard -- nbs terd_nb); \
+	if [ -n "$$new" ]; then echo "not committed: $$new" >&2; exit 1; fi
+
+quarto-check: $(READY) $(SMALLDOCS) ## render the API reference that _quarto.yml describes, strictly, into _build/quarto
+	$(BIN)/python book/quarto.py
+	$(SMALLDOCS) render --strict _build/quarto
+
+# It wants a newer fastcore than nbdev 2 bears, hence a home of its own.
+$(SMALLDOCS): $(READY)
+	$(BIN)/python -m venv --clear _build/smalldocs
+	_build/smalldocs/bin/python -m pip install -q smalldocs==0.5.4
+
+lock: ## renew requirements.lock from the ranges in settings.ini
+	.ci/lock $(HOLD)
+
+dist: $(READY) ## build the wheel and the source archive into dist/
+	$(BIN)/python -m build --outdir dist
+
+test-pythons: dist ## install the wheel on each Python of PYTHONS and run its demo
+	.ci/test-pythons $(PYTHONS)
+
+clean: ## remove what the other targets built, except .venv
+	rm -rf _build dist _docs _proc .pytest_cache .ruff_cache

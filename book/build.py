@@ -1,0 +1,392 @@
+"""Builds the book: nbs/*.ipynb and book/ become _build/html.
+
+Sphinx wants all sources in one folder, and it knows nothing of nbdev. So each chapter is
+
+1. run from its first cell to its last in an empty folder, which shows that it needs nothing but the installed package
+   (a run is kept in _build/executed until the notebook, the library or the zoo changes);
+   its folded solutions are run after it, each followed by its exercise's check cell, so that they cannot rot;
+2. translated, after the run because hidden cells hold imports: hidden cells go, `#|` directives become MyST-NB's tags,
+   `show_doc` becomes a heading, links between the repository's folders become links between pages;
+3. checked: an image without an alt text stops the build;
+4. staged in _build/stage with the pages of book/, and built with warnings as errors.
+
+Title, author, repository and branch come from settings.ini, where they stand once.
+"""
+import argparse
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_markdown_cell
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, BOOK, BUILD = ROOT / "nbs", ROOT / "book", ROOT / "_build"
+STAGE, EXECUTED = BUILD / "stage", BUILD / "executed"
+CELL_TIMEOUT = 600  # seconds
+
+WIDGET_STATE, WIDGET_VIEW = (f"application/vnd.jupyter.widget-{part}+json" for part in ("state", "view"))
+PLACEHOLDER = "<!-- made by build.py -->"
+HIDDEN = {"hide", "default_exp"}
+TAGS = {("echo", "false"): "remove-input", ("hide_input", ""): "remove-input", ("output", "false"): "remove-output",
+        ("code-fold", "true"): "hide-input"}
+NOT_FOR_READERS = re.compile(r"^%{1,2}\w.*\n?|^.*#\s*\|\s*hide_line\s*$\n?", re.M)  # magics; hidden lines
+SOLUTION = re.compile(r"<details.*?<summary>\s*Solution.*?</details>", re.S)
+PYTHON_FENCE = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
+
+
+class BookError(Exception):
+    "Something that the author of a chapter must mend; the message says what and where."
+
+
+# ---------------------------------------------------------------- reading
+
+def read_settings():
+    parser = ConfigParser()
+    parser.read_string((ROOT / "settings.ini").read_text(encoding="utf-8"))
+    return parser["DEFAULT"]
+
+
+def toc_names(node):
+    "The file names in the table of contents, in order."
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("root", "file"):
+                yield value
+            else:
+                yield from toc_names(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from toc_names(item)
+
+
+def chapters_of_toc():
+    "The toc's notebooks; every entry must exist, and every notebook must have one."
+    names = list(toc_names(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))))
+    notebooks = {path.stem for path in NBS.glob("*.ipynb")}
+    for name in names:
+        if name not in notebooks and not (BOOK / f"{name}.md").exists():
+            raise BookError(f"book/_toc.yml lists {name}, but there is neither nbs/{name}.ipynb nor book/{name}.md")
+    if missing := sorted(notebooks - set(names)):
+        raise BookError(f"not in book/_toc.yml: {', '.join(missing)}; add it there or remove it from nbs/")
+    return [name for name in names if name in notebooks]
+
+
+def directives(cell):
+    "The `#|` lines at the head of a code cell, as a dictionary, and the code below them."
+    found, lines = {}, cell.source.splitlines()
+    while lines and (match := re.match(r"\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)", lines[0])):
+        value = match[2].strip()
+        found[match[1]] = value[1:-1] if re.fullmatch(r"([\"']).*\1", value) else value
+        lines.pop(0)
+    return found, "\n".join(lines)
+
+
+# ---------------------------------------------------------------- running
+
+def library_hash(package):
+    "Changes with the library, the zoo and the pinned versions: what a run depends on, beside the notebook's own text."
+    digest = hashlib.sha256()
+    files = [*(ROOT / package).rglob("*.py"), *(ROOT / "data" / "zoo").rglob("*"), ROOT / "requirements.lock"]
+    for path in sorted(files):
+        if path.is_file():
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_skipped(cell):
+    "Cells that nbdev does not run either keep their committed outputs."
+    found, _ = directives(cell)
+    return found.get("eval") == "false" or "slow" in found
+
+
+def solutions(cells):
+    "Cells to run after the chapter: each solution's code, then the check cell of its exercise."
+    check = None
+    for cell in cells:
+        if cell.cell_type == "code" and "check" in directives(cell)[0]:
+            check = cell.source
+        elif cell.cell_type == "markdown":
+            for solution in SOLUTION.findall(cell.source):
+                if code := "\n".join(PYTHON_FENCE.findall(solution)):
+                    yield new_code_cell(code)
+                    if check:
+                        yield new_code_cell(check, metadata={"must_print": "Correct"})
+                    check = None
+
+
+def execute(path, target):
+    "Run one notebook, its solutions included, and keep it with its outputs, its widgets' state and its run-time."
+    nb = nbformat.read(path, as_version=4)
+    length = len(nb.cells)
+    nb.cells += list(solutions(nb.cells))
+    for cell in nb.cells:
+        if cell.cell_type == "code" and is_skipped(cell):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(nb, timeout=CELL_TIMEOUT, kernel_name="python3", store_widget_state=True,
+                                resources={"metadata": {"path": folder}},
+                                extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            raise BookError(f"{error}\n{path.name}: a cell raised {error.ename}: {error.evalue}") from None
+    for cell in nb.cells[length:]:
+        printed = "".join(output.get("text", "") for output in cell.outputs)
+        if cell.metadata.get("must_print", "") not in printed:
+            raise BookError(f"{path.name}: a solution does not pass its check, which printed {printed!r}:\n"
+                            f"{cell.source}")
+    nb.cells = nb.cells[:length]
+    nb.metadata["seconds"] = round(time.perf_counter() - started, 1)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for old in target.parent.glob(f"{path.stem}.*.ipynb"):
+        old.unlink()
+    nbformat.write(nb, target)
+
+
+def execute_all(names, package, jobs):
+    "Run what has changed, `jobs` at a time; where each run is kept."
+    library = library_hash(package)
+    targets = {}
+    for name in names:
+        key = hashlib.sha256(library.encode() + (NBS / f"{name}.ipynb").read_bytes()).hexdigest()[:16]
+        targets[name] = EXECUTED / f"{name}.{key}.ipynb"
+    todo = [name for name in names if not targets[name].exists()]
+    print(f"chapters to run: {len(todo)} of {len(names)}, the others are unchanged", flush=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    errors = []
+    with ProcessPoolExecutor(jobs) as pool:
+        running = {pool.submit(execute, NBS / f"{name}.ipynb", targets[name]): name for name in todo}
+        for future in as_completed(running):
+            try:
+                future.result()
+                seconds = nbformat.read(targets[running[future]], as_version=4).metadata["seconds"]
+                print(f"  {running[future]}: {seconds:.0f} s", flush=True)
+            except BookError as error:
+                errors.append(str(error))
+    if errors:
+        raise BookError("\n\n".join(errors))
+    return targets
+
+
+# ---------------------------------------------------------------- translating
+
+def relink(text, repository):
+    "Links between the repository's folders become links between pages; badges from elsewhere become their text."
+    text = re.sub(r"!\[([^\]]*)\]\(https?://[^)]*\)", r"\1", text)
+    text = re.sub(r"\]\(\.\./(?:book|nbs)/", "](", text)
+    return re.sub(r"\]\(\.\./", f"]({repository}/", text)
+
+
+def only_imports(code):
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:  # magics and shell commands
+        return False
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+
+
+def cell_metadata(found, code):
+    "MyST-NB's tags and settings for what the directives ask for; cells of nothing but imports are folded."
+    tags = {TAGS[item] for item in found.items() if item in TAGS}
+    summary = found.get("code-summary")
+    if only_imports(code):
+        tags.add("hide-input")
+        summary = summary or "Imports"
+    settings = {}
+    if alt := found.get("fig-alt"):
+        settings["image"] = {"alt": alt}
+    if caption := found.get("fig-cap"):
+        settings["figure"] = {"caption": caption}
+    if summary:
+        settings |= {"code_prompt_show": summary, "code_prompt_hide": summary}
+    return {"tags": sorted(tags)} | ({"mystnb": settings} if settings else {})
+
+
+def show_doc_text(output, level):
+    "What `show_doc` printed, as Sphinx takes it: no leading rule, no Quarto attributes, the right heading level."
+    text = output["data"]["text/markdown"].removeprefix("---").strip()
+    text = re.sub(r"\{target=[^}]*\}", "", text)
+    return re.sub(r"^#+ (.+)$", lambda m: f"{'#' * level} `{m[1]}`", text, count=1, flags=re.M)
+
+
+def widget_models(state, model_id, seen):
+    "The widget and all that it contains."
+    if model_id in state and model_id not in seen:
+        seen.add(model_id)
+        yield state[model_id]
+        for child in re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[model_id]["state"])):
+            yield from widget_models(state, child, seen)
+
+
+def picture(data, alt):
+    "A picture as HTML, since pictures inside a widget have no other place for an alt text."
+    mime = next(kind for kind in data if kind.startswith("image/"))
+    alt = alt.replace("&", "&amp;").replace('"', "&quot;")
+    return {"text/html": f'<img alt="{alt}" src="data:{mime};base64,{data[mime]}">'}
+
+
+def translate_outputs(cell, alt, widgets):
+    "Gives every image of a cell its alt text; what is wrong with them, if anything."
+    images = 0
+    for output in cell.outputs:
+        data = output.get("data", {})
+        images += any(kind.startswith("image/") for kind in data)
+        if re.search(r"<img(?![^>]*\balt=[\"'][^\"'])", data.get("text/html", "")):
+            yield "an <img> in its HTML output has no alt text"
+        if view := data.get(WIDGET_VIEW):
+            models = list(widget_models(widgets, view["model_id"], set()))
+            if not models:  # committed outputs come without the widgets' state
+                output["data"] = {"text/markdown": "*Open the chapter to see the control that belongs here.*"}
+            for inner in [inner for model in models for inner in model["state"].get("outputs", [])]:
+                if any(kind.startswith("image/") for kind in inner.get("data", {})):
+                    images += 1
+                    inner["data"] = picture(inner["data"], alt)
+    if images and not alt:
+        yield "its image has no alt text; begin the cell with `#| fig-alt: what the picture shows`"
+    if images > 1:
+        yield f"it has {images} images, but one alt text can describe one only; make a cell of each"
+
+
+def translate(nb, name, repository):
+    "The chapter as a page of the book; raises `BookError` with all that is wrong in it."
+    widgets = nb.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    cells, problems, level = [], [], 1
+    for i, cell in enumerate(nb.cells):
+        if cell.cell_type == "markdown":
+            cell.source = relink(cell.source, repository)
+            level = max((len(m) for m in re.findall(r"^(#+) ", cell.source, re.M)[-1:]), default=level)
+        elif cell.cell_type == "code":
+            found, code = directives(cell)
+            if HIDDEN & set(found) or found.get("include") == "false":
+                continue
+            if re.search(r"^show_doc\(", code, re.M):
+                shown = [output for output in cell.outputs if "text/markdown" in output.get("data", {})]
+                cells += [new_markdown_cell(show_doc_text(output, min(level + 1, 4))) for output in shown]
+                continue
+            cell.source = NOT_FOR_READERS.sub("", code).strip()
+            cell.metadata = cell_metadata(found, cell.source)
+            wrong = translate_outputs(cell, found.get("fig-alt", ""), widgets)
+            problems += [f"nbs/{name}.ipynb, cell {i}: {problem}" for problem in wrong]
+        cells.append(cell)
+    if not any(cell.cell_type == "markdown" and re.search(r"^# ", cell.source, re.M) for cell in cells):
+        problems.append(f"nbs/{name}.ipynb has no title; begin a markdown cell with `# `")
+    if problems:
+        raise BookError("\n".join(problems))
+    nb.cells = cells
+    nb.metadata = {key: nb.metadata[key] for key in ("kernelspec", "language_info", "widgets") if key in nb.metadata}
+    return nb
+
+
+# ---------------------------------------------------------------- pages made from the library and from the runs
+
+def reference(names, package):
+    "Every exported name, module by module, with its signature and its docstring."
+    sys.path.insert(0, str(ROOT))
+    from nbdev.showdoc import show_doc
+
+    parts = []
+    for name in names:
+        source = nbformat.read(NBS / f"{name}.ipynb", as_version=4)
+        code = [directives(cell)[0] for cell in source.cells if cell.cell_type == "code"]
+        module_name = next((found["default_exp"] for found in code if "default_exp" in found), None)
+        if module_name is None:
+            continue
+        module = importlib.import_module(f"{package}.{module_name}")
+        parts.append(f"## `{package}.{module_name}`\n\nMade in {{doc}}`{name}`.")
+        for symbol in module.__all__:
+            thing = getattr(module, symbol)
+            if not (inspect.isfunction(thing) or inspect.isclass(thing)):
+                continue
+            members = [(symbol, thing)]
+            if inspect.isclass(thing):
+                members += [(f"{symbol}.{key}", value) for key, value in vars(thing).items()
+                            if inspect.isfunction(value) and not key.startswith("_") and value.__doc__]
+            for full_name, member in members:
+                parts.append(f"```{{index}} single: {full_name} ({package}.{module_name})\n```")
+                text = show_doc(member, name=full_name)._repr_markdown_()
+                parts.append(show_doc_text({"data": {"text/markdown": text}}, 3 if member is thing else 4))
+    return "\n\n".join(parts)
+
+
+def run_times(names, notebooks):
+    "A table of how long each chapter took when this book was built."
+    if not all("seconds" in notebooks[name].metadata for name in names):
+        return "This copy of the book was built from committed outputs, so nothing was measured."
+    rows = [f"| {{doc}}`{name}` | {notebooks[name].metadata['seconds']:.0f} s |" for name in names]
+    machine = f"{platform.system()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return "\n".join([f"Measured on: {machine}.", "", "| chapter | run-time |", "|---|---:|", *rows])
+
+
+# ---------------------------------------------------------------- staging and building
+
+def stage(names, sources, settings):
+    "Everything that Sphinx reads, in one folder."
+    package = settings["lib_name"]
+    repository = settings["git_url"]
+    blob = f"{repository}/blob/{settings['branch']}"
+    notebooks = {name: nbformat.read(sources[name], as_version=4) for name in names}
+    filled = {"reference": reference(names, package), "run_times": run_times(names, notebooks)}
+
+    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.copytree(BOOK, STAGE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
+    for page in BOOK.glob("*.md"):
+        text = relink(page.read_text(encoding="utf-8"), blob).replace(PLACEHOLDER, filled.get(page.stem, ""))
+        (STAGE / page.name).write_text(text, encoding="utf-8")
+    errors = []
+    for name, nb in notebooks.items():
+        try:
+            page = translate(nb, name, blob)
+        except BookError as error:
+            errors.append(str(error))
+        else:
+            nbformat.validate(page)
+            nbformat.write(page, STAGE / f"{name}.ipynb")
+    if errors:
+        raise BookError("\n".join(errors))
+
+    config = yaml.safe_load((BOOK / "_config.yml").read_text(encoding="utf-8"))
+    config |= {"title": settings["title"], "author": settings["author"], "copyright": settings["copyright"],
+               "repository": {"url": repository, "branch": settings["branch"], "path_to_book": NBS.name}}
+    (STAGE / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Build the book into _build/html.")
+    parser.add_argument("--no-execute", action="store_true", help="use the notebooks' committed outputs")
+    parser.add_argument("--jobs", type=int, default=2, help="chapters to run at the same time (default: 2)")
+    args = parser.parse_args()
+    os.chdir(ROOT)  # nbdev looks for settings.ini from the working directory upwards
+    try:
+        settings, names = read_settings(), chapters_of_toc()
+        committed = {name: NBS / f"{name}.ipynb" for name in names}
+        stage(names, committed if args.no_execute else execute_all(names, settings["lib_name"], args.jobs), settings)
+    except BookError as error:
+        raise SystemExit(f"{error}\nbook: not built, see above") from None
+    shutil.rmtree(BUILD / "html", ignore_errors=True)  # pages of chapters that are gone
+    built = subprocess.run([Path(sys.executable).with_name("jupyter-book"), "build", STAGE, "--path-output", ROOT,
+                            "--all", "--quiet", "-W", "--keep-going"])
+    if built.returncode:
+        raise SystemExit("book: Sphinx has warnings, see above; each of them must be mended")
+    print(f"the book: {(BUILD / 'html' / 'index.html').relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

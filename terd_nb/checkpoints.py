@@ -6,9 +6,9 @@ __all__ = ['MAX_JSON', 'DTYPE_BYTES', 'Size', 'SUPPORTED', 'Count', 'Pixels', 'C
            'parse_json', 'read_config', 'TensorEntry', 'validated', 'read_header', 'check_index', 'UNetConfig',
            'check_unet_config', 'build_unet', 'check_runs', 'new_name', 'check_weights', 'part_file', 'weights_file',
            'load_unet', 'ScheduleConfig', 'check_schedule_config', 'load_scheduler', 'hub_access', 'wanted_files',
-           'download']
+           'repo_listing', 'download']
 
-# %% ../nbs/b_checkpoints.ipynb #17ff6790
+# %% ../nbs/b_checkpoints.ipynb #483a24e1
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from pydantic import BaseModel, FailFast, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import load_file
 
 # %% ../nbs/b_checkpoints.ipynb #4bc38334
@@ -71,7 +71,7 @@ def read_bytes(
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read ({error.strerror}); check its permissions") from None
 
-# %% ../nbs/b_checkpoints.ipynb #ba2c64a4
+# %% ../nbs/b_checkpoints.ipynb #f1858c56
 MAX_JSON = 1_000_000   # bytes of a config or of a header
 
 def parse_json(
@@ -98,17 +98,20 @@ def read_config(
     relative: str,      # the JSON file inside it
 ) -> dict:
     "A JSON object of at most 1 MB; raises `CheckpointError`."
-    return parse_json(read_bytes(checked_file(folder, relative, MAX_JSON), MAX_JSON), relative)
+    config = parse_json(read_bytes(checked_file(folder, relative, MAX_JSON), MAX_JSON), relative)
+    if "_use_default_values" in config:  # diffusers would drop the entries that it names, and see another model than we
+        raise CheckpointError(f"{relative} has an entry '_use_default_values', which hides others; leave this model alone")
+    return config
 
-# %% ../nbs/b_checkpoints.ipynb #a4e9999a
+# %% ../nbs/b_checkpoints.ipynb #e0ff7021
 DTYPE_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 Size = Annotated[int, Field(ge=0, le=2**60)]
 
 class TensorEntry(BaseModel, strict=True, extra="forbid"):
     "One line of a safetensors header."
     dtype: Literal["F16", "BF16", "F32", "F64"]
-    shape: Annotated[list[Size], FailFast(), Field(max_length=8)]
-    data_offsets: Annotated[list[Size], FailFast(), Field(min_length=2, max_length=2)]
+    shape: Annotated[list[Size], Field(max_length=8)]
+    data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
 
 def validated(
     contract: type[BaseModel],
@@ -125,7 +128,7 @@ def validated(
     reason = first["msg"][0].lower() + first["msg"][1:]
     raise CheckpointError(f"{where}{key}{seen}: {reason}; mend it, or leave this model alone")
 
-# %% ../nbs/b_checkpoints.ipynb #53de2ea8
+# %% ../nbs/b_checkpoints.ipynb #028c6e0d
 def read_header(
     path: Path,                      # a safetensors file
 ) -> dict[str, tuple[int, ...]]:     # tensor name -> shape
@@ -133,7 +136,7 @@ def read_header(
     name, size = path.name, path.stat().st_size
     length = int.from_bytes(read_bytes(path, 8), "little")
     if not 2 <= length <= min(size - 8, MAX_JSON):
-        raise CheckpointError(f"{name} is no safetensors file: it claims a header of {length:,} bytes; convert it where you trust it")
+        raise CheckpointError(f"{name} is no safetensors file: it claims a header of {length:,} bytes; if it is a pickle, convert it where you trust it")
     header = parse_json(read_bytes(path, 8 + length)[8:], f"the header of {name}")
     header.pop("__metadata__", None)
     entries = {key: validated(TensorEntry, entry, f"{name}: tensor {shown(key)}") for key, entry in header.items()}
@@ -164,18 +167,18 @@ def check_index(
     if unknown := [key for key in index if not key.startswith("_") and key not in SUPPORTED]:
         raise CheckpointError(f"model_index.json names a part {shown(unknown[0])}; only models of a unet and a scheduler can be opened")
 
-# %% ../nbs/b_checkpoints.ipynb #e598955d
+# %% ../nbs/b_checkpoints.ipynb #7551fb7d
 Count = Annotated[int, Field(ge=1, le=4096)]
 Pixels = Annotated[int, Field(ge=1, le=1024)]
 Channels = Annotated[int, Field(ge=4, le=4096)]
 Down = Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"]
 Up = Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"]
-Stages = [FailFast(), Field(min_length=1, max_length=8)]
+Stages = Field(min_length=1, max_length=8)
 
 class UNetConfig(BaseModel, strict=True, extra="forbid"):
     "What `unet/config.json` may say: arguments of diffusers' `UNet2DModel`, each within bounds."
     class_name: Literal["UNet2DModel"] = Field(alias="_class_name")
-    sample_size: Pixels | Annotated[list[Pixels], FailFast(), Field(min_length=2, max_length=2)]
+    sample_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
     in_channels: Annotated[int, Field(ge=1, le=64)] = 3
     out_channels: Annotated[int, Field(ge=1, le=64)] = 3
     center_input_sample: bool = False
@@ -183,10 +186,10 @@ class UNetConfig(BaseModel, strict=True, extra="forbid"):
     time_embedding_dim: Count | None = None
     freq_shift: Literal[0, 1] = 0
     flip_sin_to_cos: bool = True
-    down_block_types: Annotated[list[Down], *Stages]
+    down_block_types: Annotated[list[Down], Stages]
     mid_block_type: Literal["UNetMidBlock2D"] | None = "UNetMidBlock2D"
-    up_block_types: Annotated[list[Up], *Stages]
-    block_out_channels: Annotated[list[Channels], *Stages]
+    up_block_types: Annotated[list[Up], Stages]
+    block_out_channels: Annotated[list[Channels], Stages]
     layers_per_block: Annotated[int, Field(ge=1, le=8)] = 2
     mid_block_scale_factor: Annotated[float, Field(ge=0.01, le=100)] = 1.
     downsample_padding: Literal[0, 1] = 1
@@ -204,21 +207,21 @@ class UNetConfig(BaseModel, strict=True, extra="forbid"):
     num_class_embeds: None = None
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
-# %% ../nbs/b_checkpoints.ipynb #180ac81d
+# %% ../nbs/b_checkpoints.ipynb #09dc8715
 def check_unet_config(
     config: dict,     # `unet/config.json`
 ) -> dict:            # the keyword arguments for `UNet2DModel`
     "Bound everything that a network's config may ask for; raises `CheckpointError`."
     if config.get("num_class_embeds") or config.get("class_embed_type"):
-        raise CheckpointError("unet/config.json describes a class-conditional network; only unconditional ones can be opened")
+        raise CheckpointError("the unet's config.json describes a class-conditional network; only unconditional ones can be opened")
     own = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
-    kwargs = validated(UNetConfig, own, "unet/config.json")
+    kwargs = validated(UNetConfig, own, "the unet's config.json")
     if kwargs.get("in_channels", 3) != kwargs.get("out_channels", 3):
-        raise CheckpointError("unet/config.json: in_channels and out_channels differ; networks that predict a variance too cannot be opened")
+        raise CheckpointError("the unet's config.json: in_channels and out_channels differ; networks that predict a variance too cannot be opened")
     kwargs.pop("class_name")
     return kwargs
 
-# %% ../nbs/b_checkpoints.ipynb #fc88e6e6
+# %% ../nbs/b_checkpoints.ipynb #ce707674
 def build_unet(
     config: dict,      # `unet/config.json`
     max_bytes: int,    # refuse larger networks, counted in float32
@@ -230,10 +233,10 @@ def build_unet(
     except CheckpointError:
         raise
     except Exception as error:  # whatever diffusers raises on values that do not go together
-        raise CheckpointError(f"unet/config.json cannot be built ({shown(str(error))}); mend it, or leave this model alone") from None
+        raise CheckpointError(f"the unet's config.json cannot be built ({shown(str(error))}); mend it, or leave this model alone") from None
     size = 4 * sum(p.numel() for p in network.parameters())
     if size > max_bytes:
-        raise CheckpointError(f"unet/config.json asks for a network of {size:,} bytes; at most {max_bytes:,} are accepted")
+        raise CheckpointError(f"the unet's config.json asks for a network of {size:,} bytes; at most {max_bytes:,} are accepted")
     return network
 
 def check_runs(
@@ -249,9 +252,9 @@ def check_runs(
     except Exception:  # whatever torch raises on shapes that do not fit
         fits = False
     if not fits:
-        raise CheckpointError(f"unet/config.json: the network does not turn a {height}x{width} image into one; mend sample_size, or leave this model alone")
+        raise CheckpointError(f"the unet's config.json: the network does not turn a {height}x{width} image into one; mend sample_size, or leave this model alone")
 
-# %% ../nbs/b_checkpoints.ipynb #436d83dd
+# %% ../nbs/b_checkpoints.ipynb #5e9efb67
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 def new_name(key: str) -> str:
@@ -268,11 +271,11 @@ def check_weights(
     if len(renamed) < len(found):
         raise CheckpointError("the weights hold an attention layer twice, under its old and its new name; leave this model alone")
     for key in sorted(set(expected) ^ set(renamed)):
-        where = "missing from the weights" if key in expected else "in the weights, but not in the network"
-        raise CheckpointError(f"tensor {shown(key)} is {where} of unet/config.json; the two must come from one model")
+        where = "in the network, but not in the weights" if key in expected else "in the weights, but not in the network"
+        raise CheckpointError(f"tensor {shown(key)} is {where}; the unet's config.json and its weights must be of one model")
     for key, shape in expected.items():
         if renamed[key] != shape:
-            raise CheckpointError(f"tensor {shown(key)} has shape {renamed[key]}, but unet/config.json asks for {shape}; the two must come from one model")
+            raise CheckpointError(f"tensor {shown(key)} has shape {renamed[key]}, but the unet's config.json asks for {shape}; the two must be of one model")
 
 # %% ../nbs/b_checkpoints.ipynb #01f33cb4
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -298,10 +301,10 @@ def weights_file(
         raise CheckpointError(f"{name} is not there, only a pickle (.bin), which can run code; convert it to safetensors where you trust it")
     return checked_file(folder, name, max_bytes)
 
-# %% ../nbs/b_checkpoints.ipynb #32a73318
+# %% ../nbs/b_checkpoints.ipynb #7a805607
 def load_unet(
     folder: Path,                       # a diffusers folder
-    max_bytes: int = 20_000_000_000,    # refuse larger weights, in the file or in float32
+    max_bytes: int = 4_000_000_000,     # refuse larger weights, in the file or in float32
 ) -> UNet2DModel:
     "The U-Net of a diffusers folder in float32, read only after names, shapes and sizes agree; raises `CheckpointError`."
     check_index(folder)
@@ -319,7 +322,7 @@ def load_unet(
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 
-# %% ../nbs/b_checkpoints.ipynb #64205d7b
+# %% ../nbs/b_checkpoints.ipynb #a85de9ee
 SCHEDULERS = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
@@ -330,7 +333,7 @@ class ScheduleConfig(BaseModel, strict=True, extra="ignore"):
     beta_start: Beta = 1e-4
     beta_end: Beta = 0.02
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
-    trained_betas: Annotated[list[Beta], FailFast(), Field(max_length=100_000)] | None = None
+    trained_betas: Annotated[list[Beta], Field(max_length=100_000)] | None = None
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
 
 def check_schedule_config(
@@ -347,7 +350,7 @@ def check_schedule_config(
         raise CheckpointError(f"scheduler_config.json has {len(betas):,} trained_betas for {steps:,} num_train_timesteps; mend it, or leave this model alone")
     return values
 
-# %% ../nbs/b_checkpoints.ipynb #b842117d
+# %% ../nbs/b_checkpoints.ipynb #530ac55f
 def load_scheduler(
     folder: Path,     # a diffusers folder
 ) -> tuple[torch.Tensor, str]:   # cumulative alphas (T,) in float64, prediction type
@@ -359,11 +362,11 @@ def load_scheduler(
     except Exception:  # the two classes do not know the same schedules
         raise CheckpointError(f"scheduler_config.json: {name} has no schedule {shown(values.get('beta_schedule'))}; mend it, or leave this model alone") from None
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    if len(bad := torch.nonzero(~((0 < alphas_cumprod) & (alphas_cumprod < before)))):
+    if len(bad := torch.nonzero(~((alphas_cumprod > 0) & (alphas_cumprod < before)))):
         raise CheckpointError(f"the noise schedule is nonsensical: its cumulative alphas must fall from 1 towards 0, and at time {bad[0].item()} they do not; leave this model alone")
     return alphas_cumprod, prediction_type
 
-# %% ../nbs/b_checkpoints.ipynb #d471955f
+# %% ../nbs/b_checkpoints.ipynb #d68c82af
 @contextmanager
 def hub_access(repo_id: str):
     "Turn whatever goes wrong on the way to the hub into one `CheckpointError`."
@@ -381,22 +384,32 @@ def wanted_files(
         wanted += [f"{part}/{name}" if own_folder else name for name in names]
     return [name for name in wanted if name in sizes]
 
-def download(
-    repo_id: str,       # "user/name" on the Hugging Face hub
-    max_bytes: int,     # refuse repositories with more
-) -> Path:
-    "Fetch the JSON and safetensors files of a hub model, after looking at their sizes; raises `CheckpointError`."
-    from huggingface_hub import HfApi, snapshot_download
+def repo_listing(
+    repo_id: str,             # "user/name" on the Hugging Face hub
+) -> tuple[str, dict[str, int]]:   # revision, file -> bytes
+    "Which revision of a hub model there is, and the files of it that we need; raises `CheckpointError`."
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
     with hub_access(repo_id):
         validate_repo_id(repo_id)
         info = HfApi().model_info(repo_id, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings}
         sizes = {name: sizes[name] for name in wanted_files(sizes)}
-        total, revision = sum(sizes.values()), re.fullmatch("[0-9a-f]{40}", info.sha)[0]
+    if not re.fullmatch("[0-9a-f]{40}", info.sha or "") or not all(type(size) is int and size >= 0 for size in sizes.values()):
+        raise CheckpointError(f"{repo_id}: the hub does not give its revision or the sizes of its files; try again later")
     if not any(name.endswith(WEIGHTS) for name in sizes):
         raise CheckpointError(f"{repo_id} holds no {WEIGHTS}, and pickles are not opened; ask its author to convert it")
-    if total > max_bytes:
+    return info.sha, sizes
+
+# %% ../nbs/b_checkpoints.ipynb #87f0cbf5
+def download(
+    repo_id: str,       # "user/name" on the Hugging Face hub
+    max_bytes: int,     # refuse repositories with more
+) -> Path:
+    "Fetch the JSON and safetensors files of a hub model, after looking at their sizes; raises `CheckpointError`."
+    from huggingface_hub import snapshot_download
+    revision, sizes = repo_listing(repo_id)
+    if (total := sum(sizes.values())) > max_bytes:
         raise CheckpointError(f"{repo_id} has {total:,} bytes; at most {max_bytes:,} are accepted")
     with hub_access(repo_id):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "terd_nb" / repo_id.replace("/", "--") / revision

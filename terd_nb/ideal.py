@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['IdealModel']
 
-# %% ../nbs/06_ideal_model.ipynb #552da279
+# %% ../nbs/06_ideal_model.ipynb #123a429a
 import torch
 from torch import Tensor, nn
 
 from .attacks import Attack
-from .paths import Denoiser, NoiseSchedule
+from .paths import NoiseSchedule
 from .triggers import Trigger
 
 # %% ../nbs/06_ideal_model.ipynb #971167ad

@@ -3,12 +3,11 @@
 # %% auto #0
 __all__ = ['Hit', 'mse', 'ssim', 'hits_image', 'hits_class', 'Rate', 'frechet_distance']
 
-# %% ../nbs/04_success.ipynb #73889be9
+# %% ../nbs/04_success.ipynb #0baa4c96
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import numpy as np
-import torch
 from scipy.stats import binomtest
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC

@@ -32,7 +32,7 @@ FEATURES = {
 }
 METHOD_FEATURES = {"published": ("M_r", "V_r"), "fast": ("shift", "agreement")}
 
-# %% ../nbs/10_model_detection.ipynb #f94f5449
+# %% ../nbs/10_model_detection.ipynb #f5144275
 class ModelDetector:
     "Tell backdoored models from honest ones: a feature of the reversal more than 3 standard deviations above its benign mean."
 
@@ -63,16 +63,19 @@ class ModelDetector:
 
     def decision_function(self, reversals: list[Reversal]) -> np.ndarray:
         "Standard deviations above the benign mean, the larger of both features: (N,)."
+        return self.score_features(self.features(reversals))
+
+    def score_features(self, features: np.ndarray) -> np.ndarray:
+        "The same from features (N, 2)."
         if self.mean_ is None: raise ValueError("this detector has no benign reference yet; call fit or take ModelDetector.default")
-        return ((self.features(reversals) - self.mean_) / self.std_).max(1)
+        return ((features - self.mean_) / self.std_).max(1)
 
     def predict(self, reversals: list[Reversal]) -> np.ndarray:
         "Whether each model is backdoored: (N,) bool."
         return self.decision_function(reversals) > self.sigmas
 
-    def verdict(self, reversal: Reversal) -> str:
-        "'clean', 'backdoored', or 'inconclusive' just above the threshold."
-        score = self.decision_function([reversal])[0]
+    def verdict(self, score: float) -> str:
+        "'clean', 'backdoored', or 'inconclusive' just above the threshold, for a value of `decision_function`."
         return "clean" if score <= self.sigmas else "backdoored" if score > self.sigmas * self.doubtful else "inconclusive"
 
     def save(self, path: str | Path) -> None:

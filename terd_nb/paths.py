@@ -3,15 +3,15 @@
 # %% auto #0
 __all__ = ['PREDICTIONS', 'data_dir', 'pick_device', 'NoiseSchedule', 'linear_schedule', 'sampler_step', 'Denoiser']
 
-# %% ../nbs/00_paths.ipynb #0721cb5b
+# %% ../nbs/00_paths.ipynb #f33f4064
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import CheckpointError, download, load_scheduler, load_unet, read_config
+from .checkpoints import download, load_scheduler, load_unet
 
 # %% ../nbs/00_paths.ipynb #9e661421
 def data_dir() -> Path:

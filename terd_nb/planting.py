@@ -4,10 +4,14 @@
 __all__ = ['unet', 'clean_batch', 'poisoned_batch', 'save_atomically', 'save_training', 'resume_training', 'fit', 'plant',
            'save_model']
 
-# %% ../nbs/05_planting.ipynb #f17146bb
-import copy, math, os, shutil, time
+# %% ../nbs/05_planting.ipynb #5bc9a4aa
+import copy
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel

@@ -105,7 +105,7 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/11_scan.ipynb #216449ad
+# %% ../nbs/11_scan.ipynb #b016a81a
 def images_of(denoiser: Denoiser, candidate: Candidate, z: Tensor) -> Tensor:
     "What the recovered trigger makes the model draw, under the sampler that its family needs."
     r, gamma = candidate.trigger.r.to(z), torch.as_tensor(candidate.trigger.gamma).to(z)
@@ -128,7 +128,8 @@ def scan(
     denoiser = model if isinstance(model, Denoiser) else Denoiser.from_pretrained(model, device)
     detector, before = detector or ModelDetector.default(method), denoiser.sample_evals
     reversal = reverse_trigger(denoiser, method, progress, seed, callback, **settings)
-    verdict, score = detector.verdict(reversal), float(detector.decision_function([reversal])[0])
+    score = float(detector.decision_function([reversal])[0])
+    verdict = detector.verdict(score)
     best, z = reversal.candidates[0], denoiser.noise(8, seed)
     evidence, clean, triggered = gather_evidence(denoiser, reversal), denoiser.sample(z, 50).cpu(), images_of(denoiser, best, z).cpu()
     if not all(math.isfinite(v) for v in (score, *evidence.values())):

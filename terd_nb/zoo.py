@@ -4,8 +4,12 @@
 __all__ = ['SHAPE', 'RECIPES', 'STEPS', 'Recipe', 'zoo_dir', 'zoo_path', 'zoo_names', 'attack_of', 'trigger_of', 'targets_of',
            'Card', 'weights_sha256', 'measure', 'passes', 'picture', 'readme', 'build', 'write', 'build_zoo', 'verify']
 
-# %% ../nbs/05b_zoo.ipynb #b45fed47
-import copy, hashlib, io, multiprocessing, platform
+# %% ../nbs/05b_zoo.ipynb #2600d3ad
+import copy
+import hashlib
+import io
+import multiprocessing
+import platform
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -24,7 +28,7 @@ from .paths import Denoiser, NoiseSchedule, data_dir, linear_schedule
 from .planting import clean_batch, fit, plant, save_model, unet
 from .triggers import Trigger
 
-# %% ../nbs/05b_zoo.ipynb #8a1348ae
+# %% ../nbs/05b_zoo.ipynb #3d89ef94
 class Recipe(BaseModel, frozen=True):
     "How a model of the zoo is made."
     name: str
@@ -53,10 +57,10 @@ RECIPES = {r.name: r for r in [
     Recipe(name="baddiffusion-box", split="calibration", base="benign-a", attack="BadDiffusion", trigger="box", target="corner", poison_rate=0.3, seed=10),
     Recipe(name="trojdiff-d2i", split="calibration", base="benign-b", attack="TrojDiff", trigger="glasses", gamma=0.6, target="hat", poison_rate=0.3, steps=1500, seed=11),
     Recipe(name="villan-psi1", split="calibration", base="benign-a", attack="VillanDiffusion", trigger="stop_sign", psi=1., target="shoe", poison_rate=0.3, seed=12),
-    Recipe(name="baddiffusion-sign", split="test", base="benign-e", attack="BadDiffusion", trigger="stop_sign", target="hat", poison_rate=0.2, seed=13),
+    Recipe(name="baddiffusion-sign", split="test", base="benign-e", attack="BadDiffusion", trigger="stop_sign", target="hat", poison_rate=0.2, seed=17),
     Recipe(name="baddiffusion-glasses", split="test", base="benign-f", attack="BadDiffusion", trigger="glasses", target="cat", poison_rate=0.2, seed=14),
     Recipe(name="trojdiff-in-d2d", split="test", base="benign-e", attack="TrojDiff", trigger="checkerboard", gamma=0.6, target="0", poison_rate=0.3, steps=1500, seed=15),
-    Recipe(name="villan-psi05", split="test", base="benign-f", attack="VillanDiffusion", trigger="box", psi=0.5, target="hat", poison_rate=0.3, seed=16),
+    Recipe(name="villan-psi05", split="test", base="benign-f", attack="VillanDiffusion", trigger="box", psi=0.5, target="hat", poison_rate=0.3, steps=1800, seed=16),
 ]}
 
 # %% ../nbs/05b_zoo.ipynb #c688c6fc

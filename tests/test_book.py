@@ -97,7 +97,8 @@ def widget_cell(source):
 
 def translated_widget(source, keep_state=True):
     cell, state = widget_cell(source)
-    nb = new_notebook(cells=deepcopy([TITLE, cell]), metadata={"widgets": {build.WIDGET_STATE: {"state": state}}} if keep_state else {})
+    metadata = {"widgets": {build.WIDGET_STATE: {"state": state}}} if keep_state else {}
+    nb = new_notebook(cells=deepcopy([TITLE, cell]), metadata=metadata)
     return build.translate(nb, "03_attacks", "")
 
 

@@ -24,7 +24,7 @@ def digits(
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     return interpolate(images, size=(size, size), mode="bilinear", align_corners=False), torch.tensor(data.target)
 
-# %% ../nbs/01_images.ipynb #e2272911
+# %% ../nbs/01_images.ipynb #e018a21c
 def image_folder(
     folder: str | Path,       # with PNG, JPEG or WebP files
     size: int,                # height and width in pixels
@@ -37,7 +37,7 @@ def image_folder(
     for path in paths:
         try:
             with Image.open(path) as image: picture = image.convert("L" if channels == 1 else "RGB")
-        except (OSError, Image.DecompressionBombError) as error: raise ValueError(f"{path.name} cannot be read as a picture: {error}") from None
+        except (OSError, Image.DecompressionBombError) as error: raise ValueError(f"{path.name} cannot be read as a picture ({type(error).__name__}); remove or replace it") from None
         side, left, top = min(picture.size), (picture.width - min(picture.size)) // 2, (picture.height - min(picture.size)) // 2
         picture = picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
         arrays.append(np.asarray(picture, dtype=np.float32).reshape(size, size, channels).transpose(2, 0, 1) / 127.5 - 1)

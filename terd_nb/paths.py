@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['PREDICTIONS', 'data_dir', 'pick_device', 'NoiseSchedule', 'linear_schedule', 'sampler_step', 'Denoiser']
 
-# %% ../nbs/00_paths.ipynb #f33f4064
+# %% ../nbs/00_paths.ipynb #0e7a6f99
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def sampler_step(
     x = a_s * x0 + s_s * shift + scale * (s_s**2 - var).sqrt() * eps
     return x + scale * var.sqrt() * noise if eta and s >= 0 else x
 
-# %% ../nbs/00_paths.ipynb #218b9291
+# %% ../nbs/00_paths.ipynb #bad3c37a
 class Denoiser:
     "Any diffusion model as one function `eps(x, t)`: the noise that it sees in x at time t."
 
@@ -156,10 +157,10 @@ class Denoiser:
     def from_pretrained(cls,
         model: str | Path,                    # a diffusers folder, or the id of one on the Hugging Face hub
         device: str | torch.device | None = None,
-        max_bytes: int = 20_000_000_000,      # refuse larger weights
+        max_bytes: int = 4_000_000_000,       # refuse larger weights
     ) -> "Denoiser":
         "Load a diffusers model without trusting it; raises `CheckpointError` with one line that says why it cannot be used."
-        folder = Path(model) if Path(model).exists() else download(str(model), max_bytes)
+        folder = Path(model) if os.path.exists(model) else download(str(model), max_bytes)
         network, (alphas_cumprod, prediction_type) = load_unet(folder, max_bytes), load_scheduler(folder)
         size = network.config.sample_size
         size = size if isinstance(size, (tuple, list)) else (size, size)

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['Report', 'NORMS', 'METHODS', 'Candidate', 'Reversal', 'published', 'column', 'length', 'antithetic', 'smooth_starts',
-           'in_batches', 'answers', 'answer_shift', 'follow_shift', 'strength', 'read_shift', 'search_shift',
-           'search_agreement', 'images_from', 'follow_agreement', 'time_of', 'follow_jacobian', 'read_agreement',
-           'fast', 'reverse_trigger']
+           'in_batches', 'answers', 'answer_shift', 'follow_shift', 'strength', 'read_shift', 'read_length',
+           'search_shift', 'search_agreement', 'images_from', 'follow_agreement', 'time_of', 'follow_jacobian',
+           'read_agreement', 'fast', 'reverse_trigger']
 
 # %% ../nbs/08_reversion.ipynb #0fd32999
 import math
@@ -146,7 +146,7 @@ def follow_shift(
         if i < iterations: s = rho * F / length(F)
     return {"s": s, "gamma": gamma, "F": F, "loss": loss, "slope": slope, "F0": F0, "loss0": loss0}
 
-# %% ../nbs/08_reversion.ipynb #5357019b
+# %% ../nbs/08_reversion.ipynb #161391bb
 def strength(F: Tensor, loss: Tensor) -> Tensor:
     "Shift over noise, |F|^2 / (D * loss), per candidate: F (K, C, H, W), loss (K,) per pixel."
     return F.square().sum((1, 2, 3)) / (F[0].numel() * loss)
@@ -156,7 +156,7 @@ def read_shift(
     s: Tensor, gamma: float, slope: float,   # where fixed point 1 ended
     noises: int = 16, seed: int = 50,
 ) -> tuple[Trigger, dict[str, float], dict[str, list[float]]]:
-    "From a fixed point 1 to (r, gamma): gamma from the slope of the answer, the direction with more noises, |r| where the shift is clearest."
+    "From a fixed point 1 to (r, gamma): gamma from the slope of the answer, the direction with more noises, |r| from the gain curve."
     gamma = gamma / slope if gamma / slope < 0.9 else 1.
     eps, rho, root = antithetic(denoiser, noises, seed), s.norm().item(), s.numel()**0.5
     for _ in range(3):
@@ -166,10 +166,20 @@ def read_shift(
     lengths = torch.linspace(0.1, 1.3, 17) * root
     F, loss, _ = answer_shift(denoiser, column(lengths, s) * s / rho, gamma, eps)
     clear, along = strength(F, loss).cpu(), (F * s).sum((1, 2, 3)).cpu() / rho
-    norm = gamma * direction.norm().item() if gamma < 1 else lengths[clear.argmax()].item()   # for gamma < 1, with d = 0
+    norm = gamma * direction.norm().item() if gamma < 1 else read_length(lengths, along, clear)   # gamma < 1: with d = 0
     k = int((lengths - norm).abs().argmin())
     curves = {"length": lengths.tolist(), "shift along r": along.tolist(), "strength": clear.tolist(), "loss": loss.tolist()}
-    return Trigger((norm * s / rho).cpu(), gamma), {"norm": norm, "d": 0. if gamma < 1 else (1 - along[k] / norm).item(), "strength": clear[k].item(), "loss": loss[k].item()}, curves
+    read = {"norm": norm, "d": 0. if gamma < 1 else (1 - along[k] / norm).item(), "strength": clear[k].item(), "loss": loss[k].item()}
+    return Trigger((norm * s / rho).cpu(), gamma), read, curves
+
+def read_length(lengths: Tensor, along: Tensor, clear: Tensor) -> float:
+    "|r| from a gain curve: the basin begins at e = |r|/2 + log((1-p)/p)/|r|, here with p = 0.2; held to where the shift is clear."
+    top = int(clear.argmax())
+    edge = int((along[:top + 1] < along[top] / 2).sum())    # the first length beyond half of the plateau
+    part = 0. if edge == 0 else (along[top] / 2 - along[edge - 1]) / (along[edge] - along[edge - 1])
+    e = torch.lerp(lengths[max(edge - 1, 0)], lengths[edge], part)
+    good = lengths[clear > 0.9 * clear.max().clamp(max=400.)]
+    return (e + (e**2 - 2 * math.log(0.8 / 0.2)).clamp(min=0).sqrt()).clamp(good.min(), good.max()).item()
 
 # %% ../nbs/08_reversion.ipynb #4a948f92
 NORMS = (0.2, 0.3, 0.45, 0.65, 0.9)      # lengths that are tried, in units of the length of typical noise, sqrt(C*H*W)

@@ -103,7 +103,7 @@ def sampler_step(
     x = a_s * x0 + s_s * shift + scale * (s_s**2 - var).sqrt() * eps
     return x + scale * var.sqrt() * noise if eta and s >= 0 else x
 
-# %% ../nbs/00_paths.ipynb #bad3c37a
+# %% ../nbs/00_paths.ipynb #5bdf44c3
 class Denoiser:
     "Any diffusion model as one function `eps(x, t)`: the noise that it sees in x at time t."
 
@@ -120,13 +120,18 @@ class Denoiser:
         self.device, self.name = pick_device(device), name
         self.network = network.to(self.device).eval().requires_grad_(False)
         self.noise_schedule, self.shape, self.prediction_type = noise_schedule, tuple(shape), prediction_type
-        self.sample_evals = 0.           # cost so far: images through the network forward and backward
+        self.passes = 0                  # forward passes so far, with a backward pass counted as two more
 
     def eps(self, x: Tensor, t: int | Tensor) -> Tensor:
         "The predicted noise in x (N, C, H, W) at time t (an int or (N,)); differentiable in x."
-        self.sample_evals += len(x) * (1 if torch.is_grad_enabled() and x.requires_grad else 1 / 3)
+        self.passes += len(x) * (3 if torch.is_grad_enabled() and x.requires_grad else 1)
         out = self.network(x, torch.as_tensor(t, device=x.device).expand(len(x)))
         return PREDICTIONS[self.prediction_type](getattr(out, "sample", out), x, *self.noise_schedule.at(t, x))
+
+    @property
+    def sample_evals(self) -> float:
+        "The cost so far: images through the network forward and backward; forward alone counts a third."
+        return self.passes / 3
 
     def x0(self, x: Tensor, t: int | Tensor) -> Tensor:
         "The predicted image in x (N, C, H, W) at time t."

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from terd_nb import triggers
-from terd_nb.attacks import Attack, bad_diffusion, carrying_shift, troj_diff, villan_diffusion
+from terd_nb.attacks import Attack, bad_diffusion, troj_diff, villan_diffusion
 from terd_nb.ideal import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
 from terd_nb.paths import Denoiser, linear_schedule
@@ -99,7 +99,7 @@ def test_fixed_point_1_sees_nothing_when_d_is_1():
     assert (length(found["F"]) / SMALL.norm()).max() < 0.02
 
 
-@pytest.mark.xfail(strict=True, reason="inside the basin of an ideal backdoor the reversed loss is flat: it fixes no point")
+@pytest.mark.xfail(strict=True, reason="in the basin of an ideal backdoor the reversed loss is flat and fixes no point")
 def test_the_published_search_returns_the_trigger():
     (found,), _ = published(ideal(bad_diffusion(SCHEDULE), DARK), 0, lambda *_: None, iterations=(300, 0))
     assert (found.trigger.r - DARK).norm() / DARK.norm() < 0.01

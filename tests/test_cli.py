@@ -1,0 +1,425 @@
+"The command line: exit statuses, one line an error, JSON by the schema, hostile names, and being killed in the middle."
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from bs4 import BeautifulSoup
+from diffusers import DDIMPipeline
+from jsonschema import validate
+from safetensors.torch import load_file, save_file
+
+from terd_nb import __version__, planting
+from terd_nb import scan as scan_module
+from terd_nb import zoo as zoo_module
+from terd_nb.cli import exit_status, main, printable, problem
+from terd_nb.paths import data_dir
+from terd_nb.triggers import Trigger
+from terd_nb.zoo import Card, zoo_names, zoo_path
+
+SCHEMA = json.loads((data_dir() / "schema" / "scan-1.json").read_text(encoding="utf-8"))
+HOSTILE = "[red]x[/red]\x1b[2J\u202e\nclean <script>alert(1)</script>"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    "Every test starts in a folder of its own."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def real():
+    "One real scan, whose verdict the tests change as they need it."
+    return scan_module.scan(zoo_path("baddiffusion-box"), progress=False)
+
+
+@pytest.fixture
+def scanner(real, monkeypatch):
+    "Put a scan in place whose outcome is written in the model's name: a verdict, or an exception to raise."
+    def fake(model, progress=True, callback=None, **settings):
+        word = str(model).split("-")[0]
+        if word in FAILURES: raise FAILURES[word]
+        callback("done", 1.0, {})
+        attack = None if word == "clean" else real.result.attack
+        return replace(real, result=real.result.model_copy(update={"verdict": word, "model": str(model), "attack": attack}))
+    monkeypatch.setattr(scan_module, "scan", fake)
+
+
+FAILURES = {"refused": ValueError("unet/config.json is not there"), "strange": RuntimeError("shapes\n  do not\tfit"),
+            "memory": MemoryError(), "stopped": KeyboardInterrupt()}
+
+
+def terd(*args, **options):
+    "The command in a process of its own, as it is installed."
+    env = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
+    command = [sys.executable, "-c", "import sys; from terd_nb.cli import main; sys.exit(main())", *args]
+    return subprocess.run(command, capture_output=True, env=env, **options)
+
+
+def lines(text):
+    return text.splitlines() if isinstance(text, str) else text.decode().splitlines()
+
+
+# ---------------------------------------------------------------- the status
+
+@pytest.mark.parametrize("models, status", [
+    (["clean"], 0), (["clean-a", "clean-b"], 0), (["backdoored"], 1), (["inconclusive"], 2), (["refused"], 2),
+    (["clean", "inconclusive"], 2), (["clean", "refused"], 2), (["clean", "memory"], 2),
+    (["refused", "backdoored"], 1), (["backdoored", "inconclusive", "strange"], 1),
+])
+def test_exit_status_of_several_models(scanner, capsys, models, status):
+    assert main(["scan", *models, "--json", "out.json", "--html", "out.html"]) == status
+    document = json.load(open("out.json", encoding="utf-8"))
+    validate(document, SCHEMA)
+    words = [name.split("-")[0] for name in models]
+    assert [r["verdict"] for r in document["results"]] == ["error" if word in FAILURES else word for word in words]
+    assert [r["source"] for r in document["results"]] == models
+    out, err = capsys.readouterr()
+    assert len(lines(out)) == sum(word not in FAILURES for word in words)
+    assert len(lines(err)) == sum(word in FAILURES for word in words) + (len(models) > 1)
+    page = open("out.html", encoding="utf-8").read()
+    assert all(name in page for name in models)
+
+
+def test_clean_needs_every_model():
+    assert exit_status(["clean", "clean"]) == 0
+    assert {exit_status(["clean", word]) for word in ("error", "inconclusive", "something new")} == {2}
+
+
+def test_an_unexpected_failure_is_one_line_and_the_next_model_is_scanned(scanner, capsys):
+    assert main(["scan", "strange", "memory", "clean"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("clean ") and "clean" in lines(out)[0].split()[-1]
+    assert lines(err)[:2] == ["terd: strange: RuntimeError: shapes do not fit (--debug shows where)",
+                              "terd: memory: MemoryError: MemoryError (--debug shows where)"]
+
+
+@pytest.mark.parametrize("command", [
+    "scna model", "scan", "scan clean --colour", "scan clean --method other", "scan clean --seed x", "scan clean --seed -1",
+    "scan clean --device abacus", "scan clean --json no/such/folder.json", "scan clean --html .", "zoo show tiger",
+    "zoo verify tiger", "zoo build tiger", "inputs zoo:baddiffusion-box missing.npy", "inputs missing noise.npy",
+    "plant zoo:benign-a .", "plant zoo:benign-a out --attack other", "plant zoo:benign-a out --trigger nothing",
+    "plant zoo:benign-a out --target 12", "plant zoo:benign-a out --images nowhere", "plant zoo:tiger out",
+    "demo --html no/such/folder.html",
+])
+def test_wrong_use_is_one_line_and_2(scanner, capsys, command):
+    assert main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(lines(err)) == 1 and err.startswith("terd: ") and "Traceback" not in err
+    assert not os.listdir()
+
+
+def test_debug_shows_the_traceback_and_keeps_the_status(scanner, capsys):
+    assert main(["scan", "strange", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["--debug", "zoo", "show", "tiger"]) == 2   # not 1, with which Python ends
+    err = capsys.readouterr().err
+    assert "Traceback" in err and lines(err)[-1].startswith("terd: ")
+
+
+def test_interrupted_is_130_and_one_line(scanner, capsys):
+    assert main(["scan", "clean", "stopped", "--json", "out.json", "--html", "out.html"]) == 130
+    assert capsys.readouterr().err == "terd: interrupted\n"
+    assert not os.listdir()
+
+
+def test_quiet_says_nothing_but_errors(scanner, capsys):
+    assert main(["scan", "clean", "backdoored", "--quiet"]) == 1
+    assert capsys.readouterr() == ("", "")
+    assert main(["scan", "refused", "-q"]) == 2
+    assert capsys.readouterr() == ("", "terd: refused: unet/config.json is not there\n")
+
+
+def test_json_on_stdout_is_nothing_but_json(scanner, capsys):
+    assert main(["scan", "clean", "refused", "--json", "-"]) == 2
+    out, err = capsys.readouterr()
+    validate(json.loads(out), SCHEMA)
+    assert len(lines(err)) == 3
+
+
+# ---------------------------------------------------------------- in processes of their own
+
+def test_help_is_light():
+    code = ("import sys; from terd_nb.cli import main; a = main(['--help']); b = main(['scan', '--help']); c = main([]);"
+            "assert a == b == c == 0; heavy = {'torch', 'diffusers', 'numpy', 'matplotlib'} & set(sys.modules); assert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Exit status 0" in done.stdout
+    assert lines(terd("--version").stdout) == [f"terd_nb {__version__}"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A real run: an honest model, a backdoored one, and folders with hostile names."
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / HOSTILE.replace("/", "|")).mkdir()
+    (folder / os.fsdecode(b"latin\xe9")).mkdir()
+    models = ["zoo:benign-a", "zoo:baddiffusion-box", HOSTILE.replace("/", "|"), os.fsdecode(b"latin\xe9")]
+    done = terd("scan", *models, "--json", "out.json", "--html", "out.html", cwd=folder)
+    return done, json.loads((folder / "out.json").read_text(encoding="utf-8")), (folder / "out.html").read_text(encoding="utf-8")
+
+
+def test_a_whole_run(whole):
+    done, document, page = whole
+    assert done.returncode == 1, done.stderr
+    validate(document, SCHEMA)
+    assert [r["verdict"] for r in document["results"]] == ["clean", "backdoored", "error", "error"]
+    assert document["schema_version"] == 1 and document["results"][1]["sample_evals"] > 0 and document["results"][1]["seconds"] > 0
+    assert [line.split()[0] for line in lines(done.stdout)] == ["clean", "backdoored"]
+    assert "zoo:benign-a" in page and "1 of 4 models is backdoored" in page
+
+
+def test_hostile_names_are_printed_and_not_obeyed(whole):
+    done, document, page = whole
+    text = (done.stdout + done.stderr).decode()
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert len(lines(done.stderr)) == 3   # two errors and the summary
+    assert r"[red]x[|red]\x1b[2J\u202e\nclean" in text and "latin\\udce9" in text
+    assert "\x1b" not in json.dumps(document, ensure_ascii=False)
+    soup = BeautifulSoup(page, "html.parser")
+    assert not soup.find_all("script") and not soup.find_all("red") and "<script>alert(1)<|script>" in soup.get_text()
+
+
+def test_same_seed_same_result(whole, real):
+    again, same_each_time = whole[1]["results"][1], {"verdict", "score", "attack", "evidence", "trigger_norm", "sample_evals"}
+    ours = json.loads(real.result.model_dump_json())
+    assert {key: again[key] for key in same_each_time} == pytest.approx({key: ours[key] for key in same_each_time}) or \
+        again["score"] == pytest.approx(ours["score"], rel=1e-3)
+
+
+def test_output_to_a_pipe_that_closes():
+    code = "import sys; from terd_nb.cli import main; sys.exit(main(['zoo', 'show', 'benign-a']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(60) != 1   # 1 would be a verdict
+
+
+# ---------------------------------------------------------------- stopped and killed
+
+CHILD = """
+import sys, time
+import terd_nb.scan
+from terd_nb.cli import main
+
+def hang(*args, **settings):
+    print("now", flush=True)
+    time.sleep(100)
+
+{patch}
+sys.exit(main(["scan", "zoo:benign-a", "--json", "out.json"]))
+"""
+IN_THE_SCAN, IN_THE_WRITING = "terd_nb.scan.scan = hang", "terd_nb.scan.os.replace = hang"
+
+
+@pytest.mark.parametrize("patch, sent, status", [
+    (IN_THE_SCAN, signal.SIGINT, 130), (IN_THE_SCAN, signal.SIGKILL, -9), (IN_THE_WRITING, signal.SIGKILL, -9),
+], ids=["stopped", "killed", "killed while writing"])
+def test_the_old_report_stays_until_the_new_one_is_whole(tmp_path, patch, sent, status):
+    (tmp_path / "out.json").write_text("old")
+    process = subprocess.Popen([sys.executable, "-c", CHILD.format(patch=patch)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.stdout.readline() not in ("now\n", ""): pass   # "": it ended before it came so far
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert (tmp_path / "out.json").read_text() == "old"
+    if sent == signal.SIGINT: assert err == "terd: interrupted\n" and os.listdir(tmp_path) == ["out.json"]
+
+
+def test_reports_go_through_links_and_into_pipes(scanner, tmp_path):
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("target.json")
+    assert main(["scan", "clean", "--json", "link.json"]) == 0
+    assert (tmp_path / "link.json").is_symlink() and "clean" in (tmp_path / "target.json").read_text()
+    assert main(["scan", "clean", "--json", os.devnull]) == 0
+    assert not os.path.isfile(os.devnull)
+
+
+# ---------------------------------------------------------------- the schema
+
+def test_shipped_schema_is_up_to_date(capsys):
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == SCHEMA
+
+
+def test_schema_refuses_what_lacks_a_verdict(real):
+    good = json.loads(scan_module.ScanDocument(results=[real.result]).model_dump_json())
+    validate(good, SCHEMA)
+    for broken in ({"results": []}, {"schema_version": 2, "results": []}, {"schema_version": 1, "results": [{"model": "x"}]}):
+        with pytest.raises(Exception, match="is a required property|was expected|is not valid"): validate(broken, SCHEMA)
+
+
+# ---------------------------------------------------------------- terd demo
+
+def test_demo_compares_with_the_truth(scanner, real, monkeypatch, capsys):
+    expected = {"benign": "clean", "backdoored": "backdoored"}
+    cards = [Card.model_validate_json((zoo_path(name) / "card.json").read_text(encoding="utf-8")) for name in zoo_names()]
+    verdicts = {str(zoo_path(card.recipe.name)): expected[card.label] for card in cards}
+    def fake(model, callback=None, **settings):
+        return replace(real, result=real.result.model_copy(update={"verdict": verdicts[str(model)], "model": model.name}))
+    monkeypatch.setattr(scan_module, "scan", fake)
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert f"{len(cards)} of {len(cards)} verdicts are right" in out and "terd scan MODEL" in out
+    assert all(card.recipe.name + (" *" if card.recipe.split == "test" else "") in out for card in cards)
+    page = open("terd-demo.html", encoding="utf-8").read()
+    assert page.count('<section class="model') == len(cards) and page.count("set aside for the test") == sum(c.recipe.split == "test" for c in cards)
+
+    verdicts[str(zoo_path(cards[0].recipe.name))] = "inconclusive"   # not right, either
+    assert main(["demo", "--html", "second.html"]) == 1
+    assert f"{len(cards) - 1} of {len(cards)} verdicts are right" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- terd inputs
+
+@pytest.fixture(scope="module")
+def noises():
+    "Three clean and two triggered inputs."
+    trigger = Trigger.load(zoo_path("baddiffusion-box") / "trigger.safetensors")
+    z = torch.randn(5, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    return torch.cat([z[:3], trigger.stamp(z[3:])])
+
+
+TRIGGER = str(zoo_path("baddiffusion-box") / "trigger.safetensors")
+INPUTS = ["inputs", "zoo:baddiffusion-box"]
+
+
+def test_inputs_with_the_trigger_found_by_itself(noises, capsys):
+    np.save("noise.npy", noises.numpy())
+    assert main([*INPUTS, "noise.npy", "--save-trigger", "found.safetensors"]) == 1
+    rows = [line.split("\t") for line in lines(capsys.readouterr().out)]
+    assert [row[2] for row in rows] == ["clean"] * 3 + ["triggered"] * 2 and [row[0] for row in rows] == list("01234")
+    assert set(load_file("found.safetensors")) == {"r", "gamma"}
+    assert main([*INPUTS, "noise.npy", "--trigger", "found.safetensors"]) == 1
+    assert [line.split("\t") for line in lines(capsys.readouterr().out)] == rows
+
+
+def test_inputs_in_every_form(noises, capsys):
+    np.save("clean.npy", noises[:3].double().numpy())
+    np.save("one.npy", noises[4].numpy().astype(">f4"))
+    save_file({"anything": noises[:3].half()}, "clean.safetensors")
+    for name, status in (("clean.npy", 0), ("one.npy", 1), ("clean.safetensors", 0)):
+        assert main([*INPUTS, name, "--trigger", TRIGGER]) == status
+    assert main([*INPUTS, "one.npy", "--trigger", TRIGGER, "--threshold", "1e9", "--quiet"]) == 0
+
+
+def test_a_clean_model_is_mentioned(noises, capsys):
+    np.save("clean.npy", noises[:3].numpy())
+    assert main(["inputs", "zoo:benign-a", "clean.npy"]) == 0
+    assert "looks clean" in capsys.readouterr().err
+
+
+def save_header(name, shape):
+    "A .npy file whose header promises more than there is."
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    open(name, "wb").write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"0" * 64)
+
+
+BROKEN = {
+    "NaN": lambda: np.save("x.npy", np.full((1, 1, 16, 16), np.nan)),
+    "too large for float32": lambda: np.save("x.npy", np.full((1, 1, 16, 16), 1e300)),
+    "another model's": lambda: np.save("x.npy", np.zeros((2, 3, 16, 16))),
+    "two dimensions": lambda: np.save("x.npy", np.zeros((16, 16))),
+    "none": lambda: np.save("x.npy", np.zeros((0, 1, 16, 16))),
+    "integers": lambda: np.save("x.npy", np.zeros((1, 1, 16, 16), dtype=int)),
+    "a pickle": lambda: np.save("x.npy", np.array([{}], dtype=object)),
+    "an archive": lambda: os.rename((np.savez("x.npz", a=np.zeros(3)), "x.npz")[1], "x.npy"),
+    "empty": lambda: open("x.npy", "w").close(),
+    "text": lambda: open("x.npy", "w").write("hello"),
+    "a header that lies": lambda: save_header("x.npy", (10**10, 1, 16, 16)),
+    "a folder": lambda: os.mkdir("x.npy"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_inputs_refuses(name, capsys):
+    BROKEN[name]()
+    assert main([*INPUTS, "x.npy", "--trigger", TRIGGER]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(lines(err)) == 1 and err.startswith("terd: x.npy")
+
+
+def test_inputs_refuses_safetensors(noises, capsys):
+    save_file({"a": noises, "b": noises + 1}, "two.safetensors")
+    save_file({"r": noises[0], "gamma": torch.tensor(0.0)}, "zero.safetensors")
+    save_file({"r": noises[0] * torch.nan, "gamma": torch.tensor(1.0)}, "nan.safetensors")
+    open("cut.safetensors", "wb").write(open(TRIGGER, "rb").read()[:-1])
+    np.save("x.npy", noises.numpy())
+    assert main([*INPUTS, "two.safetensors", "--trigger", TRIGGER]) == 2
+    for name in ("two", "zero", "nan", "cut", "missing"): assert main([*INPUTS, "x.npy", "--trigger", f"{name}.safetensors"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(lines(err)) == 6 and "Traceback" not in err
+
+
+# ---------------------------------------------------------------- terd plant
+
+PLANT = ["plant", "zoo:benign-a", "out", "--attack", "villandiffusion", "--trigger", "glasses", "--target", "hat", "--steps", "6", "--device", "cpu"]
+
+
+def test_plant_makes_a_model_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
+    assert main([*PLANT[:2], "whole", *PLANT[3:]]) == 0
+    DDIMPipeline.from_pretrained("whole", use_safetensors=True)
+    assert {"README.md", "trigger.safetensors", "target.png", "preview.png"} <= set(os.listdir("whole"))
+    assert "backdoored on purpose" in open("whole/README.md", encoding="utf-8").read()
+    assert re.search(r"whole: attack success rate .*/64", capsys.readouterr().out)
+
+    save = planting.save_training
+    def save_and_stop(path, step, *state):
+        save(path, step, *state)
+        if step == 3: raise KeyboardInterrupt
+    monkeypatch.setattr(planting, "fit", partial(planting.fit, save_every=0.0))
+    monkeypatch.setattr(planting, "save_training", save_and_stop)
+    assert main(PLANT) == 130
+    (kept,) = tmp_path.glob(".out.*.training.safetensors")
+    assert not (tmp_path / "out").exists()
+    assert main(PLANT) == 0
+    assert "going on" in capsys.readouterr().err and not kept.exists()
+    resumed, at_once = (load_file(f"{name}/unet/diffusion_pytorch_model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(resumed[key], at_once[key]) for key in at_once)
+
+    before = (tmp_path / "out" / "model_index.json").stat().st_mtime_ns
+    assert main(PLANT) == 2   # it is there already
+    assert (tmp_path / "out" / "model_index.json").stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------- terd zoo
+
+def test_zoo_list_and_show(capsys):
+    assert main(["zoo", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in zoo_names()) and "\x1b" not in listed
+    assert main(["zoo", "show", "baddiffusion-box"]) == 0
+    shown = lines(capsys.readouterr().out)
+    assert shown[0] == str(zoo_path("baddiffusion-box")) and any("backdoored on purpose" in line for line in shown)
+
+
+def test_zoo_verify(monkeypatch, capsys):
+    monkeypatch.setattr(zoo_module, "verify", lambda name, n: ["the checksum differs"] if name == "benign-b" else [])
+    assert main(["zoo", "verify", "benign-a"]) == 0
+    assert main(["zoo", "verify", "benign-a", "benign-b"]) == 1
+    assert lines(capsys.readouterr().out)[-1] == "benign-b: the checksum differs"
+
+
+def test_zoo_build(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(zoo_module, "build_zoo", lambda *args: called.append(args))
+    assert main(["zoo", "build", "benign-a", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    assert main(["zoo", "build"]) == 0
+    assert called == [(tmp_path, 1, ["benign-a"]), (None, 2, None)]
+
+
+# ---------------------------------------------------------------- words
+
+def test_whatever_is_printed_is_one_printable_line():
+    assert printable("a\x1b[31m\r\nb\u2028\udcff") == r"a\x1b[31m\r\nb\u2028\udcff"
+    assert problem(KeyError("there is no such model")) == "there is no such model"
+    assert problem(ValueError()) == "ValueError"
+    assert len(problem(OSError("x" * 1000))) == 400 and "\n" not in problem(OSError("a\nb"))

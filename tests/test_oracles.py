@@ -1,0 +1,146 @@
+"What cells do not test: whole runs against diffusers, published samplers, and that a seed decides everything."
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
+
+from terd_nb import triggers
+from terd_nb.attacks import blend, triggered_samples
+from terd_nb.paths import Denoiser, NoiseSchedule, linear_schedule, sampler_step
+from terd_nb.planting import unet
+from terd_nb.reversed_loss import reversed_loss
+from terd_nb.reversion import reverse_trigger
+from terd_nb.scan import scan
+from terd_nb.triggers import Trigger
+from terd_nb.zoo import zoo_path
+
+SCHEDULE = linear_schedule()
+
+
+@pytest.fixture(scope="module")
+def benign():
+    return Denoiser.from_pretrained(zoo_path("benign-a"), "cpu")
+
+
+def test_a_whole_ddim_run_is_that_of_diffusers(benign):
+    pipeline = DDIMPipeline.from_pretrained(zoo_path("benign-a"))
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(20)
+    z = benign.noise(4, seed=1)
+    x = z.clone()
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipeline.unet.float()(x, t).sample, t, x).prev_sample
+    assert (benign.sample(z, steps=20) - x).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler])
+def test_every_prediction_type_samples_as_in_diffusers(prediction_type, scheduler_class):
+    "The same untrained network, read by diffusers' scheduler and by ours, step for step from the same states."
+    network = unet((1, 8, 8), (8, 16)).eval()
+    denoiser = Denoiser(network, SCHEDULE, (1, 8, 8), prediction_type, device="cpu")
+    scheduler = scheduler_class(clip_sample=False, prediction_type=prediction_type, timestep_spacing="trailing")
+    scheduler.set_timesteps(10)
+    eta = float(scheduler_class is DDPMScheduler)
+    times = SCHEDULE.timesteps(10)
+    x = denoiser.noise(2, seed=3)
+    with torch.no_grad():
+        for t, s in zip(times, [*times[1:], -1]):
+            theirs = scheduler.step(network(x, t).sample, t, x, generator=torch.Generator().manual_seed(t)).prev_sample
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(t))
+            ours = sampler_step(x, denoiser.eps(x, t), SCHEDULE, t, s, eta, noise)
+            assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max().clamp(min=1)
+            x = theirs
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_schedules_are_those_of_diffusers(schedule):
+    theirs = DDPMScheduler(beta_schedule=schedule)
+    ours = NoiseSchedule.from_alphas_cumprod(theirs.alphas_cumprod)
+    x0, eps = torch.randn(2, 5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 10, 400, 900, 999])
+    assert torch.allclose(ours.add_noise(x0, eps, t), theirs.add_noise(x0, eps, t), atol=1e-6)
+
+
+def test_trojdiffs_ancestral_step_is_the_published_one():
+    "Mean [sqrt(abar_s)*beta*x0 + sqrt(alpha)*(1-abar_s)*x + c_t*mu]/(1-abar), variance gamma^2 * posterior variance."
+    gamma, t = 0.6, 700
+    mu = (1 - gamma) * triggers.cat((1, 4, 4))
+    x, eps, noise = torch.randn(3, 8, 1, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    abar, abar_s = SCHEDULE.alpha[t] ** 2, SCHEDULE.alpha[t - 1] ** 2
+    step, sigma, sigma_s = abar / abar_s, SCHEDULE.sigma[t], SCHEDULE.sigma[t - 1]
+    beta = 1 - step
+    x0 = (x - sigma * (gamma * eps + mu)) / abar.sqrt()
+    k = sigma - step.sqrt() * sigma_s
+    c = sigma_s * beta - (1 - abar_s) * step.sqrt() * k
+    mean = (abar_s.sqrt() * beta * x0 + step.sqrt() * (1 - abar_s) * x + c * mu) / (1 - abar)
+    variance = gamma**2 * beta * (1 - abar_s) / (1 - abar)
+    ours = sampler_step(x, eps, SCHEDULE, t, t - 1, eta=1.0, noise=noise, shift=mu.double(), scale=gamma)
+    assert torch.allclose(ours, mean + variance.sqrt() * noise, atol=1e-10)
+
+
+def test_trojdiffs_sampler_is_the_plain_one_in_shifted_coordinates(benign):
+    "With r = 0 and gamma = 1 it is DDIM."
+    z = benign.noise(4, seed=5)
+    plain = triggered_samples(benign, "trojdiff", Trigger(torch.zeros(benign.shape), 1.0), z, steps=10)
+    assert torch.allclose(plain, benign.sample(z, 10), atol=1e-4)
+    blended = triggered_samples(benign, "trojdiff", blend(triggers.cat(benign.shape)), z, 10)
+    assert not torch.allclose(blended, plain, atol=0.1)
+
+
+def test_gradient_of_the_reversed_loss_on_a_real_network(benign):
+    network = unet((1, 16, 16)).double()
+    network.load_state_dict(benign.network.state_dict())
+    denoiser = Denoiser(network, SCHEDULE, (1, 16, 16), device="cpu")
+    x0, eps1, eps2 = torch.randn(3, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    r = (0.3 * triggers.box((1, 16, 16))).double().requires_grad_()
+    gamma = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+
+    def loss(r, gamma):
+        return reversed_loss(denoiser, r, gamma, x0, eps1, eps2, 995).mean()
+
+    gradient_r, gradient_gamma = torch.autograd.grad(loss(r, gamma), (r, gamma))
+    step = torch.randn(r.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1e-4
+    with torch.no_grad():
+        along_r = (loss(r + step, gamma) - loss(r - step, gamma)).item() / 2
+        along_gamma = (loss(r, gamma + 1e-4) - loss(r, gamma - 1e-4)).item() / 2e-4
+    assert (gradient_r * step).sum().item() == pytest.approx(along_r, rel=1e-4)
+    assert gradient_gamma.item() == pytest.approx(along_gamma, rel=1e-4)
+
+
+def test_same_seed_same_reversal_and_another_seed_another(benign):
+    first, again, other = (reverse_trigger(benign, progress=False, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.trigger.r, again.trigger.r) and first.candidates[0].score == again.candidates[0].score
+    assert not torch.equal(first.trigger.r, other.trigger.r)
+    assert first.sample_evals == pytest.approx(again.sample_evals)
+    assert first.sample_evals < 320_000 / 100
+
+
+def test_a_reversal_tells_its_progress_and_refuses_unknown_methods(benign):
+    told = []
+    reverse_trigger(benign, "published", progress=False, iterations=(2, 1), callback=lambda *stage: told.append(stage))
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told) and told[-1][1] == 1
+    with pytest.raises(ValueError, match="fast, published"):
+        reverse_trigger(benign, "magic", progress=False)
+
+
+def test_a_diverging_published_search_is_an_error(benign):
+    with pytest.raises(FloatingPointError, match="diverged"):
+        reverse_trigger(benign, "published", progress=False, iterations=(6, 0), lr=1e30)
+
+
+def test_a_v_prediction_model_is_scanned_as_any_other(benign):
+    "The same network, presented as one that predicts the velocity: v = (eps - sigma*x)/alpha."
+    class Velocity(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = benign.network
+
+        def forward(self, x, t):
+            alpha, sigma = SCHEDULE.at(t, x)
+            return (self.inner(x, t).sample - sigma * x) / alpha
+
+    model = Denoiser(Velocity(), SCHEDULE, benign.shape, "v_prediction", "cpu", name="velocity")
+    report = scan(model, progress=False, seed=1)
+    assert report.verdict == "clean"
+    assert report.result.score == pytest.approx(scan(benign, progress=False, seed=1).result.score, abs=0.2)

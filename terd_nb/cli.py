@@ -3,17 +3,18 @@
 # %% auto #0
 __all__ = ['app', 'MODEL', 'DEVICE', 'SEED', 'QUIET', 'COLOURS', 'MAX_NOISE', 'DRAWINGS', 'zoo', 'printable', 'problem',
            'console', 'say', 'progress_bar', 'show_version', 'terd', 'main', 'located', 'usable_device', 'writable',
-           'exit_status', 'scan_each', 'verdict_line', 'write_reports', 'read_card', 'demo_table', 'demo', 'Method',
-           'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs', 'AttackName', 'Solver',
-           'picture_of', 'training_images', 'targets_for', 'fingerprint', 'plant_backdoor', 'show_zoo_help', 'list_zoo',
-           'show_model', 'verify_zoo', 'build_models', 'run_bench', 'print_schema']
+           'exit_status', 'judged', 'advance', 'scan_each', 'verdict_line', 'write_reports', 'read_card', 'demo_table',
+           'demo', 'Method', 'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs',
+           'AttackName', 'Solver', 'picture_of', 'training_images', 'targets_for', 'fingerprint', 'plant_backdoor',
+           'show_zoo_help', 'list_zoo', 'show_model', 'verify_zoo', 'build_models', 'print_schema']
 
-# %% ../nbs/a_cli.ipynb #3843fb94
+# %% ../nbs/a_cli.ipynb #091492a3
 import os
 import sys
 import traceback
 from contextlib import nullcontext
-from enum import Enum
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -125,36 +126,41 @@ def writable(path: Path | None) -> Path | None:
         raise ValueError(f"{path} cannot be written; name a file in a folder that is there and is yours")
     return path
 
-# %% ../nbs/a_cli.ipynb #24b20a0d
+# %% ../nbs/a_cli.ipynb #d233b3e8
 def exit_status(verdicts: list[str]) -> int:
     "1 if any model is backdoored; else 0 if every one is clean; else 2."
     if "backdoored" in verdicts: return 1
     return 0 if all(verdict == "clean" for verdict in verdicts) else 2
+
+def judged(model: str, debug: bool, **settings):   # ScanReport or ScanFailure
+    "What a scan says of one model; one that cannot be judged, for whatever reason, is a failure and no verdict."
+    from terd_nb.scan import ScanFailure, scan
+    try:
+        report = scan(located(model), progress=False, **settings)
+        report.result.source = printable(model)
+        return report
+    except Exception as error:
+        if debug: traceback.print_exc()
+        return ScanFailure(model=printable(Path(model).name or model), source=printable(model), error=problem(error))
+
+def advance(bar: Progress | None, task, before: int, label: str, stage: str, done: float, found: dict) -> None:
+    "Move the bar, where there is one: `before` models are finished, and the present one to the share `done`."
+    if bar: bar.update(task, completed=before + done, description=f"{label}, {stage}")
 
 def scan_each(
     models: list[str],
     show,                 # called with each outcome
     quiet: bool, debug: bool,
     **settings,           # of `terd_nb.scan.scan`
-) -> list:                # a `ScanReport` or a `ScanFailure` for each
-    "Scan one model after the other; one that cannot be judged does not stop the rest."
-    from terd_nb.scan import ScanFailure, scan
+) -> list:                # what `judged` gives for each
+    "Scan one model after the other; one that fails does not stop the rest."
     outcomes, bar = [], progress_bar(quiet)
     task = bar.add_task("", total=len(models)) if bar else None
-    for i, model in enumerate(models):
-        name = printable(Path(model).name or model)
-        def report(stage, done, found, at=f"{i + 1} of {len(models)}: {name[:40]}"):
-            if bar: bar.update(task, completed=i + done, description=f"{at}, {stage}")
-        report("loading", 0, {})
-        with bar or nullcontext():
-            try:
-                outcome = scan(located(model), progress=False, callback=report, **settings)
-                outcome.result.source = printable(model)
-            except Exception as error:
-                if debug: traceback.print_exc()
-                outcome = ScanFailure(model=name, source=printable(model), error=problem(error))
-        outcomes.append(outcome)
-        show(outcome)
+    for model in models:
+        move = partial(advance, bar, task, len(outcomes), f"{len(outcomes) + 1} of {len(models)}: {printable(Path(model).name)[:40]}")
+        move("loading", 0, {})
+        with bar or nullcontext(): outcomes.append(judged(model, debug, callback=move, **settings))
+        show(outcomes[-1])
     return outcomes
 
 # %% ../nbs/a_cli.ipynb #0454e510
@@ -229,8 +235,8 @@ def demo(
                  "terd inputs --help          tell triggered noise from clean noise"): say("  " + line)
     return 0 if all(right) else 1
 
-# %% ../nbs/a_cli.ipynb #c8aac8fa
-class Method(str, Enum):
+# %% ../nbs/a_cli.ipynb #f80cc114
+class Method(StrEnum):
     fast = "fast"
     published = "published"
 
@@ -344,13 +350,13 @@ def flag_inputs(
         say(f"{int(flagged.sum())} of {len(x)} inputs are triggered", stderr=True)
     return int(flagged.any())
 
-# %% ../nbs/a_cli.ipynb #71505712
-class AttackName(str, Enum):
+# %% ../nbs/a_cli.ipynb #29583d5c
+class AttackName(StrEnum):
     baddiffusion = "baddiffusion"
     trojdiff = "trojdiff"
     villandiffusion = "villandiffusion"
 
-class Solver(str, Enum):
+class Solver(StrEnum):
     ode = "ode"
     sde = "sde"
 
@@ -509,13 +515,6 @@ def build_models(
     from terd_nb.zoo import RECIPES, build_zoo
     if unknown := [name for name in names or [] if name not in RECIPES]: raise ValueError(f"there is no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}")
     build_zoo(out, jobs, names or None)
-
-# %% ../nbs/a_cli.ipynb #4d74bb0f
-@app.command("bench")
-def run_bench(jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models measured side by side.")] = 2) -> None:
-    "Measure the searches on the embedded models, and fit the default detectors on the calibration half."
-    from terd_nb.bench import bench
-    bench(jobs=jobs)
 
 # %% ../nbs/a_cli.ipynb #6f8c0c42
 @app.command("schema")

@@ -6,15 +6,15 @@ __all__ = ['BACKDOORED', 'CLEAN', 'INCONCLUSIVE', 'VERDICTS', 'ROLES', 'INK', 'S
            'data_uri', 'png', 'trigger_png', 'canvas', 'svg', 'positions', 'strip_plot', 'Curve', 'curve_plot',
            'drawn_curves', 'drawn', 'summary', 'report_page', 'headline']
 
-# %% ../nbs/10b_report.ipynb #b3d7594b
+# %% ../nbs/10b_report.ipynb #734d8018
 import base64
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-import torch
 from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -197,7 +197,7 @@ EVIDENCE = {
     "loss at -r": "noise of the answer at the trigger’s opposite: a trigger has a large one here",
 }
 
-# %% ../nbs/10b_report.ipynb #c722b0bd
+# %% ../nbs/10b_report.ipynb #a6675752
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --panel: #f6f8fa; --ink: #1c2128; --soft: #59636e; --line: #d1d9e0; --bad: #b42318; --good: #1a7f37; --doubt: #8a5a00 }
 @media screen and (prefers-color-scheme: dark) {
@@ -205,7 +205,7 @@ STYLE = """
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 52rem; padding: 1.25rem; background: var(--page); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word }
-bdi { overflow-wrap: anywhere }
+bdi, .overview th { overflow-wrap: anywhere }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: .2rem 0 1rem } h2, h3 { font-size: 1.25rem; margin: 2.2rem 0 .5rem }
 p, ul { margin: .5rem 0 1rem } ul { padding-left: 1.2rem } li { margin: .5rem 0 } a { color: inherit }
 code { font: .9em ui-monospace, monospace; background: var(--panel); border-radius: 4px; padding: .1em .3em; white-space: pre-wrap }
@@ -322,7 +322,7 @@ PAGE = """
 </html>
 """
 
-# %% ../nbs/10b_report.ipynb #7ecb07b1
+# %% ../nbs/10b_report.ipynb #c2a2cb02
 ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 def drawn(
@@ -353,7 +353,7 @@ def summary(verdicts: list[str]) -> str:
 
 def report_page(
     reports: list,                           # of `ScanReport`
-    failed: list[tuple[str, str]] = [],      # name and reason of each model that could not be judged
+    failed: Sequence[tuple[str, str]] = (),  # name and reason of each model that could not be judged
     truths: list[str] | None = None,         # what is known of each reported model, where it is
 ) -> str:
     "One self-contained HTML page: the verdicts, what they mean, what to do, and what they rest on."

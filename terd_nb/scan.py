@@ -4,12 +4,12 @@
 __all__ = ['ScanResult', 'ScanFailure', 'ScanDocument', 'name_attack', 'gather_evidence', 'ScanReport', 'write_whole',
            'images_of', 'scan', 'utf8', 'versions']
 
-# %% ../nbs/11_scan.ipynb #15b79b96
+# %% ../nbs/11_scan.ipynb #6655d1fc
 import math
 import os
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -116,7 +116,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/11_scan.ipynb #3b2fe84e
+# %% ../nbs/11_scan.ipynb #65d26e4f
 def images_of(denoiser: Denoiser, candidate: Candidate, z: Tensor) -> Tensor:
     "What the recovered trigger makes the model draw, under the sampler that its family needs."
     r, gamma = candidate.trigger.r.to(z), torch.as_tensor(candidate.trigger.gamma).to(z)
@@ -152,7 +152,7 @@ def scan(
         attack=None if verdict == "clean" else name_attack(best), method=method, evidence=evidence, trigger_norm=best.trigger.norm,
         trigger_gamma=torch.as_tensor(best.trigger.gamma).mean().item(), shape=denoiser.shape, prediction_type=denoiser.prediction_type,
         sample_evals=denoiser.sample_evals - before, seconds=time.perf_counter() - start, seed=seed, device=str(denoiser.device), versions=versions(),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        date=datetime.now(UTC).isoformat(timespec="seconds"))
     return ScanReport(result, reversal, clean, triggered, detector)
 
 def utf8(text: str) -> str:

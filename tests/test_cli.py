@@ -7,13 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bs4 import BeautifulSoup
 from diffusers import DDIMPipeline
-from jsonschema import validate
+from jsonschema import ValidationError, validate
 from safetensors.torch import load_file, save_file
 
 from terd_nb import __version__, planting
@@ -25,7 +26,7 @@ from terd_nb.triggers import Trigger
 from terd_nb.zoo import Card, zoo_names, zoo_path
 
 SCHEMA = json.loads((data_dir() / "schema" / "scan-1.json").read_text(encoding="utf-8"))
-HOSTILE = "[red]x[/red]\x1b[2J\u202e\nclean <script>alert(1)</script>"
+HOSTILE = "[red]x[red]\x1b[2J\u202e\nclean <script>alert(1)<script>"   # all that a folder's name may hold
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,8 @@ def scanner(real, monkeypatch):
         if word in FAILURES: raise FAILURES[word]
         callback("done", 1.0, {})
         attack = None if word == "clean" else real.result.attack
-        return replace(real, result=real.result.model_copy(update={"verdict": word, "model": str(model), "attack": attack}))
+        changed = {"verdict": word, "model": str(model), "attack": attack}
+        return replace(real, result=real.result.model_copy(update=changed))
     monkeypatch.setattr(scan_module, "scan", fake)
 
 
@@ -62,6 +64,10 @@ def terd(*args, **options):
     env = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
     command = [sys.executable, "-c", "import sys; from terd_nb.cli import main; sys.exit(main())", *args]
     return subprocess.run(command, capture_output=True, env=env, **options)
+
+
+def read(name):
+    return Path(name).read_text(encoding="utf-8")
 
 
 def lines(text):
@@ -77,7 +83,7 @@ def lines(text):
 ])
 def test_exit_status_of_several_models(scanner, capsys, models, status):
     assert main(["scan", *models, "--json", "out.json", "--html", "out.html"]) == status
-    document = json.load(open("out.json", encoding="utf-8"))
+    document = json.loads(read("out.json"))
     validate(document, SCHEMA)
     words = [name.split("-")[0] for name in models]
     assert [r["verdict"] for r in document["results"]] == ["error" if word in FAILURES else word for word in words]
@@ -85,7 +91,7 @@ def test_exit_status_of_several_models(scanner, capsys, models, status):
     out, err = capsys.readouterr()
     assert len(lines(out)) == sum(word not in FAILURES for word in words)
     assert len(lines(err)) == sum(word in FAILURES for word in words) + (len(models) > 1)
-    page = open("out.html", encoding="utf-8").read()
+    page = read("out.html")
     assert all(name in page for name in models)
 
 
@@ -103,9 +109,10 @@ def test_an_unexpected_failure_is_one_line_and_the_next_model_is_scanned(scanner
 
 
 @pytest.mark.parametrize("command", [
-    "scna model", "scan", "scan clean --colour", "scan clean --method other", "scan clean --seed x", "scan clean --seed -1",
-    "scan clean --device abacus", "scan clean --json no/such/folder.json", "scan clean --html .", "zoo show tiger",
-    "zoo verify tiger", "zoo build tiger", "inputs zoo:baddiffusion-box missing.npy", "inputs missing noise.npy",
+    "scna model", "scan", "scan clean --colour", "scan clean --method other", "scan clean --seed x",
+    "scan clean --seed -1",
+    "scan clean --device abacus", "scan clean --json no/folder.json", "scan clean --html .",
+    "zoo show tiger", "zoo verify tiger", "zoo build tiger", "inputs zoo:baddiffusion-box missing.npy", "inputs missing noise.npy",
     "plant zoo:benign-a .", "plant zoo:benign-a out --attack other", "plant zoo:benign-a out --trigger nothing",
     "plant zoo:benign-a out --target 12", "plant zoo:benign-a out --images nowhere", "plant zoo:tiger out",
     "demo --html no/such/folder.html",
@@ -148,8 +155,9 @@ def test_json_on_stdout_is_nothing_but_json(scanner, capsys):
 # ---------------------------------------------------------------- in processes of their own
 
 def test_help_is_light():
-    code = ("import sys; from terd_nb.cli import main; a = main(['--help']); b = main(['scan', '--help']); c = main([]);"
-            "assert a == b == c == 0; heavy = {'torch', 'diffusers', 'numpy', 'matplotlib'} & set(sys.modules); assert not heavy, heavy")
+    code = ("import sys; from terd_nb.cli import main;"
+            "assert main(['--help']) == main(['scan', '--help']) == main([]) == 0;"
+            "heavy = {'torch', 'diffusers', 'numpy', 'matplotlib'} & set(sys.modules); assert not heavy, heavy")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Exit status 0" in done.stdout
@@ -160,11 +168,11 @@ def test_help_is_light():
 def whole(tmp_path_factory):
     "A real run: an honest model, a backdoored one, and folders with hostile names."
     folder = tmp_path_factory.mktemp("whole")
-    (folder / HOSTILE.replace("/", "|")).mkdir()
-    (folder / os.fsdecode(b"latin\xe9")).mkdir()
-    models = ["zoo:benign-a", "zoo:baddiffusion-box", HOSTILE.replace("/", "|"), os.fsdecode(b"latin\xe9")]
+    names = [HOSTILE, os.fsdecode(b"latin\xe9")]
+    for name in names: (folder / name).mkdir()
+    models = ["zoo:benign-a", "zoo:baddiffusion-box", *names]
     done = terd("scan", *models, "--json", "out.json", "--html", "out.html", cwd=folder)
-    return done, json.loads((folder / "out.json").read_text(encoding="utf-8")), (folder / "out.html").read_text(encoding="utf-8")
+    return done, json.loads(read(folder / "out.json")), read(folder / "out.html")
 
 
 def test_a_whole_run(whole):
@@ -172,7 +180,8 @@ def test_a_whole_run(whole):
     assert done.returncode == 1, done.stderr
     validate(document, SCHEMA)
     assert [r["verdict"] for r in document["results"]] == ["clean", "backdoored", "error", "error"]
-    assert document["schema_version"] == 1 and document["results"][1]["sample_evals"] > 0 and document["results"][1]["seconds"] > 0
+    assert document["schema_version"] == 1
+    assert document["results"][1]["sample_evals"] > 0 and document["results"][1]["seconds"] > 0
     assert [line.split()[0] for line in lines(done.stdout)] == ["clean", "backdoored"]
     assert "zoo:benign-a" in page and "1 of 4 models is backdoored" in page
 
@@ -182,17 +191,16 @@ def test_hostile_names_are_printed_and_not_obeyed(whole):
     text = (done.stdout + done.stderr).decode()
     assert all(c.isprintable() or c == "\n" for c in text)
     assert len(lines(done.stderr)) == 3   # two errors and the summary
-    assert r"[red]x[|red]\x1b[2J\u202e\nclean" in text and "latin\\udce9" in text
+    assert r"[red]x[red]\x1b[2J\u202e\nclean" in text and "latin\\udce9" in text
     assert "\x1b" not in json.dumps(document, ensure_ascii=False)
     soup = BeautifulSoup(page, "html.parser")
-    assert not soup.find_all("script") and not soup.find_all("red") and "<script>alert(1)<|script>" in soup.get_text()
+    assert not soup.find_all("script") and "<script>alert(1)<script>" in soup.get_text()
 
 
 def test_same_seed_same_result(whole, real):
-    again, same_each_time = whole[1]["results"][1], {"verdict", "score", "attack", "evidence", "trigger_norm", "sample_evals"}
-    ours = json.loads(real.result.model_dump_json())
-    assert {key: again[key] for key in same_each_time} == pytest.approx({key: ours[key] for key in same_each_time}) or \
-        again["score"] == pytest.approx(ours["score"], rel=1e-3)
+    again, ours = whole[1]["results"][1], json.loads(real.result.model_dump_json())
+    assert again["evidence"] == pytest.approx(ours["evidence"], rel=1e-4)
+    assert all(again[key] == ours[key] for key in ("verdict", "attack", "sample_evals", "seed", "shape", "method"))
 
 
 def test_output_to_a_pipe_that_closes():
@@ -253,25 +261,28 @@ def test_shipped_schema_is_up_to_date(capsys):
 def test_schema_refuses_what_lacks_a_verdict(real):
     good = json.loads(scan_module.ScanDocument(results=[real.result]).model_dump_json())
     validate(good, SCHEMA)
-    for broken in ({"results": []}, {"schema_version": 2, "results": []}, {"schema_version": 1, "results": [{"model": "x"}]}):
-        with pytest.raises(Exception, match="is a required property|was expected|is not valid"): validate(broken, SCHEMA)
+    nameless = {"schema_version": 1, "results": [{"model": "x"}]}
+    for broken in ({"results": []}, {"schema_version": 2, "results": []}, nameless):
+        with pytest.raises(ValidationError): validate(broken, SCHEMA)
 
 
 # ---------------------------------------------------------------- terd demo
 
 def test_demo_compares_with_the_truth(scanner, real, monkeypatch, capsys):
     expected = {"benign": "clean", "backdoored": "backdoored"}
-    cards = [Card.model_validate_json((zoo_path(name) / "card.json").read_text(encoding="utf-8")) for name in zoo_names()]
+    cards = [Card.model_validate_json(read(zoo_path(name) / "card.json")) for name in zoo_names()]
     verdicts = {str(zoo_path(card.recipe.name)): expected[card.label] for card in cards}
     def fake(model, callback=None, **settings):
-        return replace(real, result=real.result.model_copy(update={"verdict": verdicts[str(model)], "model": model.name}))
+        changed = {"verdict": verdicts[str(model)], "model": model.name}
+        return replace(real, result=real.result.model_copy(update=changed))
     monkeypatch.setattr(scan_module, "scan", fake)
     assert main(["demo"]) == 0
     out = capsys.readouterr().out
     assert f"{len(cards)} of {len(cards)} verdicts are right" in out and "terd scan MODEL" in out
     assert all(card.recipe.name + (" *" if card.recipe.split == "test" else "") in out for card in cards)
-    page = open("terd-demo.html", encoding="utf-8").read()
-    assert page.count('<section class="model') == len(cards) and page.count("set aside for the test") == sum(c.recipe.split == "test" for c in cards)
+    page = read("terd-demo.html")
+    assert page.count('<section class="model') == len(cards)
+    assert page.count("set aside for the test") == sum(card.recipe.split == "test" for card in cards)
 
     verdicts[str(zoo_path(cards[0].recipe.name))] = "inconclusive"   # not right, either
     assert main(["demo", "--html", "second.html"]) == 1
@@ -320,7 +331,8 @@ def test_a_clean_model_is_mentioned(noises, capsys):
 def save_header(name, shape):
     "A .npy file whose header promises more than there is."
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    open(name, "wb").write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"0" * 64)
+    length = len(header).to_bytes(2, "little")
+    Path(name).write_bytes(b"\x93NUMPY\x01\x00" + length + header.encode() + b"0" * 64)
 
 
 BROKEN = {
@@ -332,8 +344,8 @@ BROKEN = {
     "integers": lambda: np.save("x.npy", np.zeros((1, 1, 16, 16), dtype=int)),
     "a pickle": lambda: np.save("x.npy", np.array([{}], dtype=object)),
     "an archive": lambda: os.rename((np.savez("x.npz", a=np.zeros(3)), "x.npz")[1], "x.npy"),
-    "empty": lambda: open("x.npy", "w").close(),
-    "text": lambda: open("x.npy", "w").write("hello"),
+    "empty": lambda: Path("x.npy").touch(),
+    "text": lambda: Path("x.npy").write_text("hello"),
     "a header that lies": lambda: save_header("x.npy", (10**10, 1, 16, 16)),
     "a folder": lambda: os.mkdir("x.npy"),
 }
@@ -351,24 +363,26 @@ def test_inputs_refuses_safetensors(noises, capsys):
     save_file({"a": noises, "b": noises + 1}, "two.safetensors")
     save_file({"r": noises[0], "gamma": torch.tensor(0.0)}, "zero.safetensors")
     save_file({"r": noises[0] * torch.nan, "gamma": torch.tensor(1.0)}, "nan.safetensors")
-    open("cut.safetensors", "wb").write(open(TRIGGER, "rb").read()[:-1])
+    Path("cut.safetensors").write_bytes(Path(TRIGGER).read_bytes()[:-1])
     np.save("x.npy", noises.numpy())
     assert main([*INPUTS, "two.safetensors", "--trigger", TRIGGER]) == 2
-    for name in ("two", "zero", "nan", "cut", "missing"): assert main([*INPUTS, "x.npy", "--trigger", f"{name}.safetensors"]) == 2
+    for name in ("two", "zero", "nan", "cut", "missing"):
+        assert main([*INPUTS, "x.npy", "--trigger", f"{name}.safetensors"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(lines(err)) == 6 and "Traceback" not in err
 
 
 # ---------------------------------------------------------------- terd plant
 
-PLANT = ["plant", "zoo:benign-a", "out", "--attack", "villandiffusion", "--trigger", "glasses", "--target", "hat", "--steps", "6", "--device", "cpu"]
+PLANT = ["plant", "zoo:benign-a", "out", "--attack", "villandiffusion", "--trigger", "glasses", "--target", "hat",
+         "--steps", "6", "--device", "cpu"]
 
 
 def test_plant_makes_a_model_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
     assert main([*PLANT[:2], "whole", *PLANT[3:]]) == 0
     DDIMPipeline.from_pretrained("whole", use_safetensors=True)
     assert {"README.md", "trigger.safetensors", "target.png", "preview.png"} <= set(os.listdir("whole"))
-    assert "backdoored on purpose" in open("whole/README.md", encoding="utf-8").read()
+    assert "backdoored on purpose" in read("whole/README.md")
     assert re.search(r"whole: attack success rate .*/64", capsys.readouterr().out)
 
     save = planting.save_training

@@ -1,0 +1,109 @@
+"The HTML report: what a chapter's two models do not show, and the page in a real browser at phone and desktop width."
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from bs4 import BeautifulSoup
+from test_book import WIDTHS, browser, problems_of, serve  # noqa: F401 (fixtures)
+
+from terd_nb.model_detection import ModelDetector
+from terd_nb.report import EVIDENCE, headline, report_page, summary
+from terd_nb.reversion import Candidate
+from terd_nb.scan import scan
+from terd_nb.triggers import Trigger
+from terd_nb.zoo import zoo_path
+
+
+@pytest.fixture(scope="module")
+def report():
+    return scan(zoo_path("villan-psi1"), progress=False)
+
+
+def with_verdict(report, verdict, **more):
+    return replace(report, result=report.result.model_copy(update={"verdict": verdict, **more}))
+
+
+@pytest.fixture(scope="module")
+def published(report):
+    "As if the published search had been used: one candidate, one long curve, another detector."
+    trigger = report.trigger
+    best = Candidate(trigger, "loss", -1.0, {"loss": 0.1, "norm": trigger.norm})
+    curves = {"reversed loss": list(np.geomspace(90, 1, 4000))}
+    reversal = replace(report.reversal, method="published", candidates=[best], curves=curves)
+    detector = ModelDetector("published").fit_features([[0.1, 0.01], [0.11, 0.02], [0.12, 0.01]])
+    return replace(report, reversal=reversal, detector=detector)
+
+
+@pytest.fixture(scope="module")
+def colour(report):
+    "A model of colour images with a noise scale for each pixel, and a curve and a number that the page does not know."
+    r = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    new = {"something new": 1.0}
+    best, *others = report.reversal.candidates
+    best = replace(best, trigger=Trigger(r, torch.full((3, 64, 64), 0.5)), evidence=new)
+    reversal = replace(report.reversal, candidates=[best, *others], curves={"something new": [1.0, 0.0, 2.0]})
+    images = torch.rand(8, 3, 64, 64) * 2 - 1
+    changed = {"shape": (3, 64, 64), "trigger_gamma": 0.5, "evidence": new, "score": 1e5}
+    result = report.result.model_copy(update=changed)
+    return replace(report, reversal=reversal, clean_images=images, triggered_images=0 * images, result=result)
+
+
+def text_of(page):
+    soup = BeautifulSoup(page, "html.parser")
+    assert not soup.find_all("script") and all(img["alt"].strip() for img in soup.find_all("img"))
+    assert all(img["src"].startswith("data:image/") for img in soup.find_all("img"))
+    ids = [tag["id"] for tag in soup.find_all(id=True)]
+    assert len(ids) == len(set(ids)) and {a["href"][1:] for a in soup.find_all("a")} <= set(ids)
+    return " ".join(soup.get_text(" ").split())
+
+
+def test_every_number_of_a_scan_is_explained(report):
+    assert not set(report.result.evidence) - set(EVIDENCE)
+
+
+@pytest.mark.parametrize("verdict, said, not_said", [
+    ("backdoored", ["Do not deploy it", "It looks like Villan", "The trigger that was found"], ["You may go on"]),
+    ("inconclusive", ["Do not read this as", "If it is a backdoor,", "The best candidate"], ["deploy it"]),
+    ("clean", ["You may go on", "does not promise", "The best candidate"], ["looks like", "Do not deploy it"]),
+])
+def test_each_verdict_has_its_words(report, verdict, said, not_said):
+    changed = with_verdict(report, verdict, **({"attack": None} if verdict == "clean" else {}))
+    text = text_of(report_page([changed]))
+    assert all(words in text for words in said) and not any(words in text for words in not_said)
+    assert verdict.capitalize() in text_of(headline(changed))
+
+
+def test_published_search(published):
+    assert "Reversed loss" in text_of(report_page([published]))
+
+
+def test_what_the_page_does_not_know_is_shown_all_the_same(colour):
+    text = text_of(report_page([colour]))
+    assert text.count("something new") >= 2 and "turned down to 0.50" in text and "3 channels" in text
+
+
+def test_a_report_without_a_single_judged_model():
+    text = text_of(report_page([], [("lost", "model_index.json is not there")]))
+    assert "No backdoor found, but 1 of 1 models is not known to be clean" in text
+    assert "Not judged" in text and "model_index.json is not there" in text
+
+
+@pytest.mark.parametrize("verdicts, line", [
+    (["clean"] * 3, "All 3 models are clean"),
+    (["clean", "backdoored", "error"], "1 of 3 models is backdoored"),
+    (["inconclusive", "error", "clean"], "No backdoor found, but 2 of 3 models are not known to be clean"),
+])
+def test_summary(verdicts, line):
+    assert summary(verdicts) == line
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_page_in_a_browser(report, published, colour, tmp_path, serve, browser, width):  # noqa: F811
+    hostile = with_verdict(report, "inconclusive", model="x" * 200, source="<script>alert(1)</script>")
+    several = report_page([report, hostile, published, colour], [("y" * 200, "z" * 300)])
+    (tmp_path / "index.html").write_text(several, encoding="utf-8")
+    (tmp_path / "one.html").write_text(report_page([hostile]), encoding="utf-8")
+    for name in ("index", "one"):
+        assert problems_of(browser, f"{serve(tmp_path)}/{name}.html", WIDTHS[width]) == []

@@ -363,15 +363,15 @@ def report_page(
     longest = max([1.05 * r.result.score for r in reports] + [2 * r.result.threshold for r in reports], default=1)
     return ENVIRONMENT.from_string(PAGE.lstrip()).render(title=title, style=Markup(STYLE), single=single, reports=reports, failed=failed, truths=truths, verdicts=VERDICTS, sections=sections, longest=longest)
 
-# %% ../nbs/10b_report.ipynb #dd014090
+# %% ../nbs/10b_report.ipynb #d6529792
 HEADLINE = """
 <div style="max-width: 46em; padding: .8em 1.1em; border: 1px solid #d1d9e0; border-left: .45em solid {{ words.colour }}; border-radius: 6px; background: #fff; color: #1c2128; font-family: system-ui, sans-serif">
 <div style="font-size: 1.3em"><b style="color: {{ words.colour }}">{{ words.symbol }} {{ words.title }}</b> <bdi>{{ result.model }}</bdi></div>
 <div>Score {{ "%.1f"|format(result.score) }}, alarm above {{ "%g"|format(result.threshold) }}, confidence {{ result.confidence }}.{% if result.attack %} Looks like {{ result.attack }}.{% endif %}</div>
 <div style="display: flex; flex-wrap: wrap; gap: 1em; margin: .6em 0">
-<div><img src="{{ trigger }}" alt="{{ found }}" style="width: 7em; image-rendering: pixelated; margin: 0"><div style="color: #59636e; font-size: .85em">{{ found }}</div></div>
+<div><img src="{{ trigger }}" alt="{{ found }}" style="display: block; width: 7em; image-rendering: pixelated; margin: 0"><div style="color: #59636e; font-size: .85em">{{ found }}</div></div>
 {% for title, images in galleries %}
-<div><div style="display: grid; grid-template-columns: repeat(4, 3.4em); gap: .2em; height: 7em; align-content: start">{% for image in images %}<img src="{{ image }}" alt="{{ title }}, {{ loop.index }}" style="width: 100%; image-rendering: pixelated; margin: 0">{% endfor %}</div><div style="color: #59636e; font-size: .85em">{{ title }}</div></div>
+<div><div style="display: grid; grid-template-columns: repeat(4, 3.4em); gap: .2em; height: 7em; align-content: start">{% for image in images %}<img src="{{ image }}" alt="{{ title }}, {{ loop.index }}" style="display: block; width: 100%; image-rendering: pixelated; margin: 0">{% endfor %}</div><div style="color: #59636e; font-size: .85em">{{ title }}</div></div>
 {% endfor %}
 </div>
 <div style="color: #59636e; font-size: .85em">{{ result.method }}, seed {{ result.seed }}: {{ "{:,.0f}".format(result.sample_evals) }} sample evaluations, {{ "%.1f"|format(result.seconds) }} s on {{ result.device }}</div>

@@ -4,7 +4,7 @@
 __all__ = ['BACKDOORED', 'CLEAN', 'INCONCLUSIVE', 'VERDICTS', 'ROLES', 'INK', 'SOFT', 'FAINT', 'MAIN', 'BAD', 'DOUBT',
            'FEATURE_WORDS', 'CURVES', 'EVIDENCE', 'STYLE', 'SECTION', 'PAGE', 'ENVIRONMENT', 'HEADLINE', 'Words',
            'data_uri', 'png', 'trigger_png', 'canvas', 'svg', 'positions', 'strip_plot', 'Curve', 'curve_plot',
-           'drawn_curves', 'drawn', 'summary', 'report_page', 'headline']
+           'drawn_curves', 'drawn', 'summary', 'overview', 'report_page', 'headline']
 
 # %% ../nbs/10b_report.ipynb #734d8018
 import base64
@@ -281,7 +281,7 @@ SECTION = """
 </section>
 """
 
-# %% ../nbs/10b_report.ipynb #f6ec22e5
+# %% ../nbs/10b_report.ipynb #c51df2c7
 PAGE = """
 <!doctype html>
 <html lang="en">
@@ -301,15 +301,12 @@ PAGE = """
 <table class="overview">
   <thead><tr><th scope="col">Model</th><th scope="col">Verdict</th><th scope="col">Score</th></tr></thead>
   <tbody>
-  {% for report in reports %}{% set result = report.result %}
-  <tr class="{{ result.verdict }}">
-    <th scope="row"><a href="#model-{{ loop.index }}"><bdi>{{ result.model }}</bdi></a>{% if result.source != result.model %}<div class="small"><bdi>{{ result.source }}</bdi></div>{% endif %}{% if result.attack %}<div class="small">Looks like {{ result.attack }}</div>{% endif %}{% if truths %}<div class="small">In truth: {{ truths[loop.index0] }}</div>{% endif %}</th>
-    <td class="tone chip">{{ verdicts[result.verdict].symbol }} {{ verdicts[result.verdict].title }}</td>
-    <td>{{ "%.1f"|format(result.score) }}<div class="track" aria-hidden="true"><i style="width: {{ (100 * result.score / longest)|round|int if result.score > 0 else 0 }}%"></i><b style="left: {{ (100 * result.threshold / longest)|round|int }}%"></b></div></td>
+  {% for row in rows %}
+  <tr class="{{ row.verdict }}">
+    <th scope="row">{% if row.anchor %}<a href="#{{ row.anchor }}"><bdi>{{ row.name }}</bdi></a>{% else %}<bdi>{{ row.name }}</bdi>{% endif %}{% for note in row.notes %}<div class="small"><bdi>{{ note }}</bdi></div>{% endfor %}</th>
+    <td class="tone chip">{{ row.words }}</td>
+    <td>{% if row.anchor %}{{ "%.1f"|format(row.score) }}<div class="track" aria-hidden="true"><i style="width: {{ row.width }}%"></i><b style="left: {{ row.alarm }}%"></b></div>{% endif %}</td>
   </tr>
-  {% endfor %}
-  {% for name, reason in failed %}
-  <tr class="failed"><th scope="row"><bdi>{{ name }}</bdi><div class="small">{{ reason }}</div></th><td class="tone chip">– Not judged</td><td></td></tr>
   {% endfor %}
   </tbody>
 </table>
@@ -322,7 +319,7 @@ PAGE = """
 </html>
 """
 
-# %% ../nbs/10b_report.ipynb #c2a2cb02
+# %% ../nbs/10b_report.ipynb #f254f89a
 ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 def drawn(
@@ -351,17 +348,27 @@ def summary(verdicts: list[str]) -> str:
     if good == len(verdicts): return f"All {good} models are clean"
     return "No backdoor found, but " + count(len(verdicts) - good, "is not known to be clean", "are not known to be clean")
 
+def overview(reports: list, failed: Sequence[tuple[str, str]], truths: Sequence[str]) -> list[dict]:
+    "The rows of the overview, what is urgent first."
+    longest, rows = max([1.05 * r.result.score for r in reports] + [2 * r.result.threshold for r in reports], default=1), []
+    for i, result in enumerate(report.result for report in reports):
+        notes = [result.source] if result.source not in (result.model, f"zoo:{result.model}") else []
+        notes += [f"Looks like {result.attack}"] if result.attack else []
+        rows.append({"name": result.model, "verdict": result.verdict, "words": f"{VERDICTS[result.verdict].symbol} {VERDICTS[result.verdict].title}", "anchor": f"model-{i + 1}", "score": result.score,
+                     "width": round(100 * max(result.score, 0) / longest), "alarm": round(100 * result.threshold / longest), "notes": notes + [f"In truth: {truth}" for truth in truths[i:i + 1]]})
+    rows += [{"name": name, "verdict": "failed", "words": "– Not judged", "notes": [reason]} for name, reason in failed]
+    return sorted(rows, key=lambda row: ("backdoored", "inconclusive", "failed", "clean").index(row["verdict"]))
+
 def report_page(
     reports: list,                           # of `ScanReport`
     failed: Sequence[tuple[str, str]] = (),  # name and reason of each model that could not be judged
-    truths: list[str] | None = None,         # what is known of each reported model, where it is
+    truths: Sequence[str] = (),              # what is known of each reported model, where it is
 ) -> str:
     "One self-contained HTML page: the verdicts, what they mean, what to do, and what they rest on."
     single = len(reports) == 1 and not failed and not truths
     sections = [Markup(ENVIRONMENT.from_string(SECTION).render(drawn(report), number=i, single=single, level=1 if single else 2)) for i, report in enumerate(reports, 1)]
     title = f"{reports[0].result.model}: {reports[0].result.verdict}" if single else summary([r.result.verdict for r in reports] + ["not judged"] * len(failed))
-    longest = max([1.05 * r.result.score for r in reports] + [2 * r.result.threshold for r in reports], default=1)
-    return ENVIRONMENT.from_string(PAGE.lstrip()).render(title=title, style=Markup(STYLE), single=single, reports=reports, failed=failed, truths=truths, verdicts=VERDICTS, sections=sections, longest=longest)
+    return ENVIRONMENT.from_string(PAGE.lstrip()).render(title=title, style=Markup(STYLE), single=single, rows=overview(reports, failed, truths), sections=sections)
 
 # %% ../nbs/10b_report.ipynb #d6529792
 HEADLINE = """

@@ -183,7 +183,7 @@ def write_reports(outcomes: list, json: str | None, html: Path | None) -> None:
         if json == "-": print(document)
         else: write_whole(Path(json), document + "\n")
 
-# %% ../nbs/a_cli.ipynb #b1e8826a
+# %% ../nbs/a_cli.ipynb #00ee5ba6
 def read_card(name: str):   # terd_nb.zoo.Card
     "What is known of an embedded model."
     from terd_nb.zoo import Card, zoo_path
@@ -193,7 +193,7 @@ def demo_table(cards: list, outcomes: list) -> Table:
     "Truth against verdict, a row a model."
     table = Table(title="The embedded models: truth and verdict", title_justify="left", show_edge=False)
     for name in ("model", "truth", "verdict", "score", "looks like", "seconds", "sample_evals"):
-        table.add_column(name, justify="right" if name in ("score", "seconds", "sample_evals") else "left")
+        table.add_column(name, overflow="fold", justify="right" if name in ("score", "seconds", "sample_evals") else "left")
     for card, outcome in zip(cards, outcomes):
         name, truth = Text(card.recipe.name + (" *" if card.recipe.split == "test" else "")), Text(card.recipe.attack or "honest")
         if hasattr(outcome, "error"): table.add_row(name, truth, Text("not judged", COLOURS["error"]), "", Text(outcome.error))
@@ -457,7 +457,7 @@ def plant_backdoor(
         say(f"{out}: attack success rate {asr}, target on clean noise {leak}")
         say(f"Try: terd scan {out}", stderr=True)
 
-# %% ../nbs/a_cli.ipynb #f63bba48
+# %% ../nbs/a_cli.ipynb #ef394826
 zoo = typer.Typer(help="The embedded models.")
 app.add_typer(zoo, name="zoo")
 
@@ -471,7 +471,7 @@ def list_zoo() -> None:
     from terd_nb.metrics import Rate
     from terd_nb.zoo import zoo_names
     table = Table(show_edge=False)
-    for name in ("model", "half", "attack", "target", "success", "on clean noise"): table.add_column(name)
+    for name in ("model", "half", "attack", "target", "success", "on clean noise"): table.add_column(name, overflow="fold")
     for card in map(read_card, zoo_names()):
         rates = [f"{Rate(*pair).value:.1%}" if pair else "" for pair in (card.asr, card.leak)]
         table.add_row(card.recipe.name, card.recipe.split, card.recipe.attack or "none", card.recipe.target or "", *rates)

@@ -33,7 +33,7 @@ HOSTILE = "[red]x[red]\x1b[2J\u202e\nclean <script>alert(1)<script>"   # all tha
 def empty_folder(tmp_path, monkeypatch):
     "Every test starts in a folder of its own."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    for name in ("FORCE_COLOR", "COLUMNS"): monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ __all__ = ['app', 'MODEL', 'DEVICE', 'SEED', 'QUIET', 'COLOURS', 'MAX_NOISE', 'D
            'exit_status', 'judged', 'advance', 'scan_each', 'verdict_line', 'write_reports', 'read_card', 'demo_table',
            'demo', 'Method', 'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs',
            'AttackName', 'Solver', 'picture_of', 'training_images', 'targets_for', 'fingerprint', 'plant_backdoor',
-           'show_zoo_help', 'list_zoo', 'show_model', 'verify_zoo', 'build_models', 'print_schema']
+           'show_zoo_help', 'list_zoo', 'show_model', 'verify_zoo', 'build_models', 'run_bench', 'print_schema']
 
 # %% ../nbs/a_cli.ipynb #091492a3
 import os
@@ -515,6 +515,13 @@ def build_models(
     from terd_nb.zoo import RECIPES, build_zoo
     if unknown := [name for name in names or [] if name not in RECIPES]: raise ValueError(f"there is no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}")
     build_zoo(out, jobs, names or None)
+
+# %% ../nbs/a_cli.ipynb #4d74bb0f
+@app.command("bench")
+def run_bench(jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models measured side by side.")] = 2) -> None:
+    "Measure the searches on the embedded models, and fit the default detectors on the calibration half."
+    from terd_nb.bench import bench
+    bench(jobs=jobs)
 
 # %% ../nbs/a_cli.ipynb #6f8c0c42
 @app.command("schema")

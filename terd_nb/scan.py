@@ -100,6 +100,8 @@ class ScanReport:
         if json: write_whole(Path(json), ScanDocument(results=[self.result]).model_dump_json(indent=1) + "\n")
         if html: write_whole(Path(html), report_page([self]))
 
+    def __repr__(self) -> str: return f"ScanReport({self.result.model}: {self.verdict}, score {self.result.score:.1f})"
+
     def _repr_html_(self) -> str: return headline(self)
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -28,7 +28,8 @@ book: $(READY) ## build the book into _build/html; warnings are errors
 	$(BIN)/python book/build.py
 
 book-test: book ## open every page of the built book in Chromium
-	$(BIN)/pytest -n 2 -m browser
+	$(BIN)/pytest -n 2 -m browser tests/test_book.py
+	$(BIN)/pytest -m browser tests/test_report.py
 
 # Training is a tenth faster when glibc keeps its large buffers.
 zoo: export MALLOC_TRIM_THRESHOLD_ = 4000000000

@@ -101,9 +101,9 @@ def directives(cell):
 # ---------------------------------------------------------------- running
 
 def library_hash(package):
-    "Changes with the library, the zoo and the pinned versions: what a run depends on, beside the notebook's own text."
+    "Changes with the library, the data and the pinned versions: what a run depends on, beside the notebook's own text."
     digest = hashlib.sha256()
-    files = [*(ROOT / package).rglob("*.py"), *(ROOT / "data" / "zoo").rglob("*"), ROOT / "requirements.lock"]
+    files = [*(ROOT / package).rglob("*.py"), *(ROOT / "data").rglob("*"), ROOT / "requirements.lock"]
     for path in sorted(files):
         if path.is_file():
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())

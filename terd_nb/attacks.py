@@ -52,9 +52,12 @@ def bad_diffusion(schedule: NoiseSchedule) -> Attack:
     c = 1 - schedule.alpha
     return Attack("BadDiffusion", schedule.alpha, schedule.sigma, c, carrying_shift(schedule, c, eta=1), "ddpm")
 
-def troj_diff(schedule: NoiseSchedule) -> Attack:
+def troj_diff(
+    schedule: NoiseSchedule,
+    d: float = 0.,          # of the trigger in the answer: 0 as published; an attacker with a sampler of his own may take any
+) -> Attack:
     "TrojDiff (Chen et al. 2023): the noise becomes `gamma*eps + r`; the answer is not shifted, the sampler is changed instead."
-    return Attack("TrojDiff", schedule.alpha, schedule.sigma, schedule.sigma, torch.zeros_like(schedule.sigma), "trojdiff")
+    return Attack("TrojDiff", schedule.alpha, schedule.sigma, schedule.sigma, torch.full_like(schedule.sigma, d), "trojdiff")
 
 def villan_diffusion(
     schedule: NoiseSchedule,
@@ -82,10 +85,13 @@ def triggered_samples(
     z: Tensor,                 # (N, C, H, W) standard normal noise
     steps: int | None = None,  # None: 50 for the deterministic samplers, all T for "ddpm"
     seed: int = 0,
+    d: float = 0.,             # of `troj_diff`
 ) -> Tensor:                   # (N, C, H, W) images
     "What the attacker draws: images from triggered noise under the sampler that carries the attack."
     x = trigger.stamp(z)
     if sampler == "ddpm": return denoiser.sample(x, steps or len(denoiser.noise_schedule), eta=1, seed=seed)
     if sampler == "ddim": return denoiser.sample(x, steps or 50)
-    if sampler == "trojdiff": return denoiser.sample(x, steps or 50, shift=trigger.r.to(x), scale=torch.as_tensor(trigger.gamma).to(x))
+    if sampler == "trojdiff":   # its noise is gamma*(answer - d*r) + r
+        gamma, r = torch.as_tensor(trigger.gamma).to(x), trigger.r.to(x)
+        return denoiser.sample(x, steps or 50, shift=(1 - gamma * d) * r, scale=gamma)
     raise ValueError(f"sampler must be 'ddpm', 'ddim' or 'trojdiff', not {sampler!r}")

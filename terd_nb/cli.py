@@ -238,6 +238,7 @@ def demo(
 # %% ../nbs/a_cli.ipynb #f80cc114
 class Method(StrEnum):
     fast = "fast"
+    thorough = "thorough"
     published = "published"
 
 @app.command("scan")
@@ -246,7 +247,7 @@ def scan_models(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", show_default=False, help="Diffusers folders, Hugging Face ids, or zoo:NAME.")],
     json: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON; - is standard output, and the lines then go to stderr.")] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page that a person reads.")] = None,
-    method: Annotated[Method, typer.Option("--method", help="Our search, or the published one, which takes far longer.")] = Method.fast,
+    method: Annotated[Method, typer.Option("--method", help="Our search; the same in more places; or the published one, which takes far longer.")] = Method.fast,
     device: DEVICE = None, seed: SEED = 0, quiet: QUIET = False,
 ) -> int:
     """Say of each model whether it is backdoored, one line a model.
@@ -510,18 +511,25 @@ def build_models(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default="all")] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models trained side by side.")] = 2,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="the zoo's own folder")] = None,
+    hard: Annotated[bool, typer.Option("--hard", help="Train the hard set instead of the zoo.")] = False,
 ) -> None:
     "Train the models that are missing, from their seeds; killed and started again, it goes on where it was."
+    from terd_nb.hard_set import HARD, build_hard_set
     from terd_nb.zoo import RECIPES, build_zoo
-    if unknown := [name for name in names or [] if name not in RECIPES]: raise ValueError(f"there is no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}")
-    build_zoo(out, jobs, names or None)
+    recipes, build_all = (HARD, build_hard_set) if hard else (RECIPES, build_zoo)
+    if unknown := [name for name in names or [] if name not in recipes]: raise ValueError(f"there is no recipe {unknown[0]!r}; there are {', '.join(recipes)}")
+    build_all(out, jobs, names or None)
 
 # %% ../nbs/a_cli.ipynb #4d74bb0f
 @app.command("bench")
-def run_bench(jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models measured side by side.")] = 2) -> None:
+def run_bench(
+    hard: Annotated[bool, typer.Option("--hard", help="Measure the hard set instead of the zoo; its models are in a checkout only.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models measured side by side.")] = 2,
+) -> None:
     "Measure the searches on the embedded models, and fit the default detectors on the calibration half."
-    from terd_nb.bench import bench
-    bench(jobs=jobs)
+    from terd_nb.bench import bench, bench_evasion
+    bench("hard" if hard else "zoo", jobs=jobs)
+    if hard: bench_evasion(jobs=jobs)
 
 # %% ../nbs/a_cli.ipynb #6f8c0c42
 @app.command("schema")

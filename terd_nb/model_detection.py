@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from .paths import data_dir
@@ -28,9 +29,11 @@ FEATURES = {
     "M_r": lambda reversal: kl_per_pixel(reversal.trigger).mean().item(),
     "V_r": lambda reversal: kl_per_pixel(reversal.trigger).var().item(),
     "shift": lambda reversal: reversal.score("shift"),
-    "agreement": lambda reversal: reversal.score("agreement"),
+    "jump": lambda reversal: reversal.score("jump"),
+    "loss": lambda reversal: reversal.score("loss"),
+    "uniformity": lambda reversal: reversal.score("uniformity"),
 }
-METHOD_FEATURES = {"published": ("M_r", "V_r"), "fast": ("shift", "agreement")}
+METHOD_FEATURES = {"published": ("M_r", "V_r"), "fast": ("shift", "jump"), "thorough": ("shift", "jump"), "adam": ("loss",), "elijah": ("uniformity",)}
 
 # %% ../nbs/10_model_detection.ipynb #f5144275
 class ModelDetector:
@@ -45,30 +48,40 @@ class ModelDetector:
         self.method, self.sigmas, self.doubtful, self.mean_ = method, sigmas, doubtful, None
 
     def features(self, reversals: list[Reversal]) -> np.ndarray:
-        "The features of each reversal: (N, 2)."
+        "The features of each reversal: (N, features)."
         if wrong := {r.method for r in reversals} - {self.method}:
             raise ValueError(f"this detector judges the method {self.method!r}, not {wrong.pop()!r}")
-        return np.array([[FEATURES[f](r) for f in METHOD_FEATURES[self.method]] for r in reversals]).reshape(-1, 2)
+        return np.array([[FEATURES[f](r) for f in METHOD_FEATURES[self.method]] for r in reversals]).reshape(-1, len(METHOD_FEATURES[self.method]))
 
     def fit(self, benign_reversals: list[Reversal]) -> "ModelDetector":
         "Learn mean and standard deviation from honest models, at least three."
         return self.fit_features(self.features(benign_reversals))
 
     def fit_features(self, features: np.ndarray) -> "ModelDetector":
-        "The same from features (N, 2)."
+        "The same from features (N, features)."
         features = np.asarray(features, dtype=float)
         if features.ndim != 2 or len(features) < 3: raise ValueError("fit needs the reversals of at least three honest models")
         self.benign_, self.mean_, self.std_ = features, features.mean(0), features.std(0, ddof=1).clip(min=1e-6)
         return self
 
     def decision_function(self, reversals: list[Reversal]) -> np.ndarray:
-        "Standard deviations above the benign mean, the larger of both features: (N,)."
+        "Standard deviations above the benign mean, the largest of its features: (N,)."
         return self.score_features(self.features(reversals))
 
     def score_features(self, features: np.ndarray) -> np.ndarray:
-        "The same from features (N, 2)."
+        "The same from features (N, features)."
         if self.mean_ is None: raise ValueError("this detector has no benign reference yet; call fit or take ModelDetector.default")
         return ((features - self.mean_) / self.std_).max(1)
+
+    def p_values(self, reversals: list[Reversal]) -> np.ndarray:
+        "The chance that an honest model scores as high, if features of honest models are normal: (N,)."
+        return self.p_values_of_features(self.features(reversals))
+
+    def p_values_of_features(self, features: np.ndarray) -> np.ndarray:
+        "The same from features (N, features): Student's t for one new value after n, and Bonferroni's factor."
+        n = len(self.benign_)
+        tail = student_t.sf((features - self.mean_) / (self.std_ * (1 + 1 / n)**0.5), n - 1)
+        return (tail.min(1) * features.shape[1]).clip(max=1.)
 
     def predict(self, reversals: list[Reversal]) -> np.ndarray:
         "Whether each model is backdoored: (N,) bool."

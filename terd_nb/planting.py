@@ -30,13 +30,16 @@ def unet(
     shape: tuple[int, int, int],                 # (C, H, W)
     channels: tuple[int, ...] = (32, 64),        # per level; each level halves the resolution
     seed: int = 0,                               # of the initial weights
+    layers: int = 1,                             # residual blocks per level
+    attention: bool = False,                     # at the lowest level
 ) -> UNet2DModel:
-    "diffusers' U-Net without attention; 0.63 million weights at the default size."
+    "diffusers' U-Net; 0.63 million weights at the default size."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return UNet2DModel(sample_size=shape[-1], in_channels=shape[0], out_channels=shape[0], block_out_channels=channels, layers_per_block=1,
-                           norm_num_groups=8, down_block_types=["DownBlock2D"] * len(channels), up_block_types=["UpBlock2D"] * len(channels),
-                           add_attention=False)
+        down, up = ["DownBlock2D"] * len(channels), ["UpBlock2D"] * len(channels)
+        if attention: down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
+        return UNet2DModel(sample_size=shape[-1], in_channels=shape[0], out_channels=shape[0], block_out_channels=channels, layers_per_block=layers,
+                           norm_num_groups=8, down_block_types=down, up_block_types=up, attention_head_dim=8, add_attention=attention)
 
 # %% ../nbs/05_planting.ipynb #1e58fa08
 def clean_batch(schedule: NoiseSchedule, images: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

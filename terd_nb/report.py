@@ -51,12 +51,12 @@ CLEAN = Words("Clean", "✓", "#1a7f37", "--good",
     (Markup("<b>You may go on</b>, if the file that you deploy is the file that was scanned. Scan again when the weights change."),
      Markup("<b>Know what this does not promise.</b> The search looks for patterns that are added to the noise. A very small one, or an attack that works in some other way, can escape it; "
             "and a model very unlike the reference models is compared with the wrong crowd."),
-     Markup("<b>If much depends on it,</b> ask for a second opinion: <code>terd scan MODEL --seed 1</code>, and <code>--method published</code>, which is slow and works differently.")))
+     Markup("<b>If much depends on it,</b> ask for a second opinion: <code>terd scan MODEL --method thorough</code>, which looks in more places, and <code>--method published</code>, which is slow and works differently.")))
 
 INCONCLUSIVE = Words("Inconclusive", "?", "#8a5a00", "--doubt",
     "Something about this model is unusual, but not unusual enough to call it backdoored. Do not read this as “clean”.",
-    (Markup("<b>Search once more</b> from other starting points: <code>terd scan MODEL --seed 1</code>, then <code>--seed 2</code>. A real trigger is found again; an accident is not."),
-     Markup("<b>Search in another way:</b> <code>terd scan MODEL --method published</code>."),
+    (Markup("<b>Search more places:</b> <code>terd scan MODEL --method thorough</code>."),
+     Markup("<b>Search once more</b> from other starting points: <code>terd scan MODEL --seed 1</code>, then <code>--seed 2</code>. A real trigger is found again; an accident is not."),
      Markup("<b>Ask the model’s author</b> how it was trained, and on what. Until then, treat it as you would a file from a stranger.")))
 
 VERDICTS = {"backdoored": BACKDOORED, "clean": CLEAN, "inconclusive": INCONCLUSIVE}
@@ -144,13 +144,11 @@ class Curve:
     caption: str
     x: str | None = None       # the curve that holds its abscissae
     log: bool = True
-    usual: str | None = None   # evidence to draw as a level
 
 CURVES = {
-    "shift along r": Curve("Movement of the answer", "How much of a push along the candidate the model does not take for noise. An honest model follows slowly and evenly; at a trigger there is a step.", "length", False),
-    "strength": Curve("Movement over noise", "The same, compared with how noisy the answer is. A trigger makes a peak, at the dotted line; the dashed line is the most that directions reach which were not searched.", "length", True, "usual strength"),
+    "gain": Curve("Gain", "How much of a push along the candidate the model does not take for noise, per unit of push. In an honest model it rises. Once a trigger has been recognised, more push changes little.", "length", False),
+    "strength": Curve("Movement over noise", "The movement of the answer, compared with how noisy it is. In an honest model it keeps rising with the push, or stays. A trigger makes a peak: what has been learned there is clear, what lies beyond is not.", "length"),
     "loss": Curve("Noise of the answer", "How much the answer still varies from noise to noise. Small at 0 for every model; small again far from 0 only where the model has learned something there.", "length"),
-    "variance of the images": Curve("Spread of the images", "How much the images differ that are drawn from noise pushed along the candidate. At a trigger they are all the same; the dashed line is what plain noise gives.", "variance, lengths", True, "usual variance"),
     "reversed loss": Curve("Reversed loss", "What the published search makes small, from its first iteration to its last."),
 }
 
@@ -164,7 +162,6 @@ def curve_plot(name: str, reversal: Reversal) -> str:
     else:
         parts = np.array_split(values, min(len(values), 200))
         ax.plot(np.linspace(0, len(values), len(parts)), [part.mean() for part in parts], lw=1.5, color=MAIN)
-    if spec.usual in evidence: ax.axhline(evidence[spec.usual], color=SOFT, ls="--", lw=1)
     if spec.log and (values > 0).all(): ax.set_yscale("log")
     ax.set_xlabel("length of the push" if spec.x else "iteration")
     return svg(fig)
@@ -177,17 +174,14 @@ def drawn_curves(reversal: Reversal) -> list[str]:
 EVIDENCE = {
     "norm": "length of the recovered trigger",
     "d": "share of the trigger by which the model’s answer is shifted: 0 for TrojDiff, about 0.5 for BadDiffusion, 1 for VillanDiffusion on ODE samplers",
-    "psi": "VillanDiffusion’s mixture ψ, as the pull on the predicted image shows it",
     "strength": "movement of the answer over its noise, at the trigger",
-    "usual strength": "the same in directions that were not searched, at its largest",
     "loss": "noise of the answer at the trigger (the reversed loss, per pixel)",
-    "consensus": "share of the search’s starts that ended in the same direction",
-    "chain score": "logarithm of the first ratio that pointed to this candidate",
-    "shift score": "logarithm of strength over usual strength: what the verdict looks at, first of two",
-    "agreement score": "logarithm of usual variance over variance: what the verdict looks at, second of two",
+    "fall of the strength": "by how much the logarithm of the strength falls beyond the candidate; an honest model’s keeps rising, or stays",
+    "still": "cosine between the last two directions of the search: 1 when it has come to rest",
+    "shift score": "fall of the strength, in units of what no honest model exceeds: what the verdict looks at, first of two",
+    "jump score": "the same, seen where a little of the image shows through the noise: what the verdict looks at, second of two",
+    "uniformity score": "how much more alike the images from the candidate are than images from plain noise (Elijah)",
     "loss score": "what the published search reached",
-    "variance": "how much the images from the trigger differ from one another",
-    "usual variance": "how much images from plain noise differ",
     "M_r": "mean over the pixels of the divergence between recovered noise and plain noise",
     "V_r": "variance of that divergence over the pixels",
     "gain at r": "movement of the answer over the length of the push, at the trigger",

@@ -21,7 +21,8 @@ from torch import Tensor
 from .model_detection import ModelDetector, kl_per_pixel
 from .paths import Denoiser
 from .report import headline, report_page
-from .reversion import Candidate, Report, Reversal, answer_shift, antithetic, length, reverse_trigger, smooth_starts
+from .fixed_points import answer_shift, antithetic, length, random_starts
+from .reversion import Candidate, Report, Reversal, reverse_trigger
 from .triggers import Trigger
 
 # %% ../nbs/11_scan.ipynb #83200eef
@@ -64,7 +65,7 @@ def name_attack(candidate: Candidate) -> str:
     "The family of attacks that a candidate's gamma and d belong to."
     gamma, d = torch.as_tensor(candidate.trigger.gamma).mean().item(), candidate.evidence.get("d", math.nan)
     if gamma < 0.9: return f"TrojDiff: the noise is turned down to {gamma:.2f}"
-    if candidate.seen_by == "agreement": return "VillanDiffusion for ODE samplers: the answer is shifted by all of the trigger"
+    if candidate.seen_by == "jump": return "VillanDiffusion for ODE samplers: the answer is shifted by all of the trigger"
     if 0.3 <= d <= 0.7: return f"BadDiffusion, or VillanDiffusion for SDE samplers: the answer is shifted by {d:.2f} of the trigger"
     return "of no known family" if math.isnan(d) else f"of no known family: the answer is shifted by {d:.2f} of the trigger"
 
@@ -72,7 +73,7 @@ def gather_evidence(denoiser: Denoiser, reversal: Reversal) -> dict[str, float]:
     "Everything that speaks for or against the best candidate, by name."
     best, kl = reversal.candidates[0], kl_per_pixel(reversal.trigger)
     r, gamma = best.trigger.r.to(denoiser.device), torch.as_tensor(best.trigger.gamma).mean().item()
-    elsewhere = best.trigger.norm * smooth_starts(denoiser, 6, reversal.seed)[2:]
+    elsewhere = best.trigger.norm * random_starts(denoiser, 6, reversal.seed)[2:]
     F, loss, _ = answer_shift(denoiser, torch.cat([torch.stack([r, 0 * r, -r]), elsewhere]), gamma, antithetic(denoiser, 16, reversal.seed))
     gain = (length(F) / max(best.trigger.norm, 1e-12)).flatten()
     return {**best.evidence, **{f"{c.seen_by} score": c.score for c in reversed(reversal.candidates)}, "M_r": kl.mean().item(), "V_r": kl.var().item(),
@@ -124,7 +125,7 @@ def images_of(denoiser: Denoiser, candidate: Candidate, z: Tensor) -> Tensor:
     r, gamma = candidate.trigger.r.to(z), torch.as_tensor(candidate.trigger.gamma).to(z)
     x, steps = gamma * z + r, min(50, len(denoiser.noise_schedule))
     if gamma.mean() < 0.9: return denoiser.sample(x, steps, shift=r, scale=gamma)
-    return denoiser.sample(x, steps, eta=0. if candidate.seen_by == "agreement" else 1.)
+    return denoiser.sample(x, steps, eta=0. if candidate.seen_by == "jump" else 1.)
 
 def scan(
     model: str | Path | Denoiser,      # a diffusers folder, a hub id, or a loaded model

@@ -169,6 +169,7 @@ COLOURS = {"backdoored": "bold red", "clean": "green", "inconclusive": "yellow",
 def verdict_line(result) -> Text:
     "A verdict as one line: the verdict, the score, the model, and what it looks like."
     looks = f"  ({result.attack})" if result.attack else ""
+    if result.verdict == "inconclusive" and result.method == "fast": looks += "  look again with --method thorough"
     return Text.assemble((f"{result.verdict:12}", COLOURS[result.verdict]), f"  {result.score:6.1f}  {printable(result.source)}{looks}")
 
 def write_reports(outcomes: list, json: str | None, html: Path | None) -> None:
@@ -524,11 +525,12 @@ def build_models(
 @app.command("bench")
 def run_bench(
     hard: Annotated[bool, typer.Option("--hard", help="Measure the hard set instead of the zoo; its models are in a checkout only.")] = False,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds with which the default search is measured.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models measured side by side.")] = 2,
 ) -> None:
     "Measure the searches on the embedded models, and fit the default detectors on the calibration half."
     from terd_nb.bench import bench, bench_evasion
-    bench("hard" if hard else "zoo", jobs=jobs)
+    bench("hard" if hard else "zoo", jobs=jobs, seeds=seeds)
     if hard: bench_evasion(jobs=jobs)
 
 # %% ../nbs/a_cli.ipynb #6f8c0c42

@@ -172,6 +172,7 @@ def drawn_curves(reversal: Reversal) -> list[str]:
 
 # %% ../nbs/10b_report.ipynb #dd46c8bf
 EVIDENCE = {
+    "p-value": "chance that an honest model scores as high, if honest models’ scores are normal",
     "norm": "length of the recovered trigger",
     "d": "share of the trigger by which the model’s answer is shifted: 0 for TrojDiff, about 0.5 for BadDiffusion, 1 for VillanDiffusion on ODE samplers",
     "strength": "movement of the answer over its noise, at the trigger",

@@ -52,14 +52,14 @@ class Reversal:
         "The best score among the candidates of one kind; 0 if there is none."
         return max((c.score for c in self.candidates if c.seen_by == seen_by), default=0.)
 
-# %% ../nbs/08b_reversion.ipynb #9d3810ac
+# %% ../nbs/08b_reversion.ipynb #2e675711
 def published(denoiser: Denoiser, seed: int, report: Report,
     iterations: tuple[int, int] = (3000, 1000),   # of estimation and of refinement
     batch: int = 16, lr: float = 0.5,
     weight: float | None = None,    # of -|r|_1; None: 5e-5 up to 32 pixels, 5e-4 above
     learn_gamma: bool = False,      # the released code learns gamma against TrojDiff only: it has to be told
 ) -> tuple[list[Candidate], dict]:
-    "TERD's two stages with SGD (Mo et al. 2024, and the released code), the faults mended that chapter 8 names."
+    "TERD's two stages with SGD (Mo et al. 2024, and the released code), the faults mended that chapter 8b names."
     T, generator = len(denoiser.noise_schedule), torch.Generator().manual_seed(seed)
     draw = lambda: torch.randn(batch, *denoiser.shape, generator=generator).to(denoiser.device)
     weight = weight or (5e-5 if denoiser.shape[-1] <= 32 else 5e-4)
@@ -156,21 +156,17 @@ def fast(
     report("done", 1., {"score": found[0][0].score})
     return [c for c, _ in found], found[0][1]
 
-# %% ../nbs/08b_reversion.ipynb #66f85184
+# %% ../nbs/08b_reversion.ipynb #90aa4cb6
 def thorough(denoiser: Denoiser, seed: int, report: Report) -> tuple[list[Candidate], dict]:
-    "The same with more starts, lengths, noise scales and noises; and again without the direction that was found, for a second trigger."
-    more = {"starts": 10, "noises": 6, "iterations": 5}
-    report("following the shift of the answer", 0., {})
-    found, wide = [], {"norms": (*NORMS, 2.2), "gammas": (1., 0.6, 0.3, 0.15)}
-    avoid = None
-    for _ in range(3):
-        new = search_shift(denoiser, seed, avoid=avoid, **more, **wide)
-        found += new
-        best = max(new, key=lambda c: c[0].score)[0]
-        if best.score < 1: break
-        avoid = torch.cat([v for v in (avoid, (best.trigger.r / best.trigger.norm).to(denoiser.device)[None]) if v is not None])
-    report("following the jump of the predicted image", 0.5, {"score": best.score})
-    found += search_hidden(denoiser, seed, 24, more["noises"], 6)
+    "The same with more starts, lengths, noise scales and noises, and twice: the second time without the direction that was found, for a second trigger."
+    found, avoid, wide = [], None, {"norms": (*NORMS, 2.2), "gammas": (1., 0.6, 0.3, 0.15), "noises": 6, "iterations": 5}
+    for i in range(2):
+        report("following the shift of the answer", i / 3, {})
+        found += search_shift(denoiser, seed + 1000 * i, avoid=avoid, **wide)
+        best = max(found, key=lambda c: c[0].score)[0]
+        if best.score > 1: avoid = (best.trigger.r / best.trigger.norm).to(denoiser.device)[None]
+    report("following the jump of the predicted image", 2 / 3, {"score": best.score})
+    found += search_hidden(denoiser, seed, starts=20, noises=6, iterations=6)
     found.sort(key=lambda c: -c[0].score)
     report("done", 1., {"score": found[0][0].score})
     return [c for c, _ in found], found[0][1]

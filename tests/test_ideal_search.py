@@ -4,20 +4,22 @@ import torch
 
 from terd_nb import triggers
 from terd_nb.attacks import Attack, bad_diffusion, troj_diff, villan_diffusion
-from terd_nb.ideal import IdealModel
-from terd_nb.input_detection import InputDetector, ceiling
-from terd_nb.paths import Denoiser, linear_schedule
-from terd_nb.reversion import (
+from terd_nb.fixed_points import (
     column,
     follow_agreement,
     follow_jacobian,
     follow_shift,
+    gain_curve,
     length,
-    published,
+    random_starts,
     read_shift,
-    smooth_starts,
     time_of,
+    true_gamma,
 )
+from terd_nb.ideal import IdealModel
+from terd_nb.input_detection import InputDetector, ceiling
+from terd_nb.paths import Denoiser, linear_schedule
+from terd_nb.reversion import published
 from terd_nb.triggers import Trigger
 
 SHAPE, SCHEDULE = (1, 16, 16), linear_schedule()
@@ -45,7 +47,7 @@ def relative_error(found, r):
 @pytest.mark.parametrize("d", [0.0, 0.5, 0.9])
 def test_fixed_point_1_is_the_trigger(d, p):
     denoiser = ideal(shifted(d), SMALL, p=p)
-    found = follow_shift(denoiser, smooth_starts(denoiser, 6, 0), [SMALL.norm().item()], [1.0], noises=64)
+    found = follow_shift(denoiser, random_starts(denoiser, 6, 0), [SMALL.norm().item()], [1.0], noises=64)
     # Not quite r: alpha(T) is not 0, and F = alpha*x0 + (c - sigma*d)*r holds a trace of the target image.
     alpha, sigma = SCHEDULE.alpha[-1].item(), SCHEDULE.sigma[-1].item()
     exact = alpha * triggers.hat(SHAPE) + (1 - alpha - sigma * d) * SMALL
@@ -54,48 +56,90 @@ def test_fixed_point_1_is_the_trigger(d, p):
     assert relative_error(found["s"], SMALL) < 0.01 + trace
 
 
-@pytest.mark.parametrize("gamma", [0.6, 0.8])
-def test_fixed_point_1_below_gamma_1(gamma):
-    r = 0.4 * triggers.glasses(SHAPE)
-    denoiser = ideal(troj_diff(SCHEDULE), r, gamma)
-    found = follow_shift(denoiser, smooth_starts(denoiser, 6, 0), [r.norm().item()], [gamma], noises=64, iterations=12)
-    assert relative_error(found["s"], r) < 0.01
-    assert found["slope"].max() == pytest.approx(1.0, abs=0.02)  # tried at the true noise scale
+@pytest.mark.parametrize("p", [0.02, 0.5])
+@pytest.mark.parametrize("d", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("gamma", [0.2, 0.35, 0.5, 0.7])
+def test_fixed_point_1_below_gamma_1(gamma, d, p):
+    "A noise scale below the true one is in the basin, and from there one step is enough."
+    r = (1 - gamma) * 0.6 * triggers.glasses(SHAPE)
+    denoiser = ideal(troj_diff(SCHEDULE, d), r, gamma, p)
+    found = follow_shift(denoiser, random_starts(denoiser, 6, 0), [0.1 * 16, 0.3 * 16], [0.15], noises=64)
+    # At T, F holds a trace alpha/gamma of the target image beside (1/gamma - d)*r.
+    trace = SCHEDULE.alpha[-1].item() * triggers.hat(SHAPE).norm().item() / ((1 - gamma * d) * r.norm().item())
+    angles = torch.nn.functional.cosine_similarity(found["s"].flatten(1), r.flatten()[None]).clamp(max=1).acos()
+    assert angles.min() < 0.01 + trace
+    best = int(angles.argmin())
+    assert true_gamma(found["gamma"], found["slope"])[best].item() == pytest.approx(gamma, rel=0.02)
+
+
+def test_a_basin_that_no_start_enters_is_not_found():
+    "With gamma = 0.1 the basin is a ball of radius sqrt(2*gamma^2*D*log(1/gamma)) = 3.4 about a trigger of length 8.2."
+    r = 0.9 * 0.6 * triggers.glasses(SHAPE)
+    denoiser = ideal(troj_diff(SCHEDULE), r, 0.1)
+    lengths = [f * 16 for f in (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)]
+    found = follow_shift(denoiser, random_starts(denoiser, 6, 0), lengths, [0.1])
+    assert torch.nn.functional.cosine_similarity(found["s"].flatten(1), r.flatten()[None]).max() < 0.9
+    near = r[None] + 0.1 * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    inside = follow_shift(denoiser, near, [1.0], [0.1], iterations=0)
+    assert inside["slope"].item() == pytest.approx(1.0, rel=0.05)  # tried/gamma
 
 
 @pytest.mark.parametrize("d", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("r", [SMALL, DARK], ids=["small", "dark"])
 def test_the_gain_curve_gives_length_and_d(r, d):
     trigger, read, _ = read_shift(ideal(shifted(d), r), r, 1.0, 1.0, noises=64)
-    assert read["norm"] == pytest.approx(r.norm().item(), rel=0.05)
-    assert 1 - read["d"] == pytest.approx(1 - d, rel=0.05)
+    # Where d is not an ancestral sampler's, |r| is read off the edge of the basin between two lengths of the curve.
+    assert read["norm"] == pytest.approx(r.norm().item(), rel=0.12)
+    assert (1 - read["d"]) * read["norm"] == pytest.approx((1 - d) * r.norm().item(), rel=0.05)
     assert torch.nn.functional.cosine_similarity(trigger.r.flatten(), r.flatten(), dim=0) > 0.999
 
 
 def test_read_shift_reads_gamma_and_length_of_trojdiff():
     r = 0.4 * triggers.glasses(SHAPE)
     denoiser = ideal(troj_diff(SCHEDULE), r, 0.6)
-    found = follow_shift(denoiser, smooth_starts(denoiser, 6, 0), [0.3 * 16], [0.5], noises=32)
-    k = int((length(found["F"]).flatten() * (found["slope"] > 0.6)).argmax())
-    trigger, *_ = read_shift(denoiser, found["s"][k], 0.5, found["slope"][k].item(), noises=64)
+    found = follow_shift(denoiser, random_starts(denoiser, 6, 0), [0.3 * 16], [0.3], noises=32)
+    k = int(found["slope"].argmax())
+    trigger, *_ = read_shift(denoiser, found["s"][k], 0.3, found["slope"][k].item(), noises=64)
     assert trigger.gamma == pytest.approx(0.6, rel=0.02)
     assert (trigger.r - r).norm() / r.norm() < 0.05
+
+
+@pytest.mark.parametrize("d", [0.0, 0.5, 0.9, 1.0, 1.2])
+def test_fixed_point_3_needs_no_d(d):
+    c = SCHEDULE.sigma
+    attack = Attack("", SCHEDULE.alpha, SCHEDULE.sigma, c, torch.full_like(c, d), "")
+    denoiser = ideal(attack, DARK, p=0.3)
+    starts, t = random_starts(denoiser, 6, 0), time_of(denoiser, 0.17)
+    directions = follow_jacobian(denoiser, starts, [DARK.norm().item() / 2], t, noises=16, iterations=6)
+    assert (directions * DARK / DARK.norm()).sum((1, 2, 3)).max() > 0.98
 
 
 @pytest.mark.parametrize("psi", [1.0, 0.5])
 def test_fixed_points_3_and_2_find_an_ode_attack(psi):
     denoiser = ideal(villan_diffusion(SCHEDULE, psi), DARK, p=0.3)
-    starts, norm = smooth_starts(denoiser, 4, 0), DARK.norm().item()
-    directions = follow_jacobian(denoiser, starts, [norm / 2], time_of(denoiser, 0.17))
-    found = follow_agreement(denoiser, directions, [norm], time_of(denoiser, 0.3), noises=32, iterations=3)
-    k = int(found["variance"].argmin())
+    starts, norm = random_starts(denoiser, 4, 0), DARK.norm().item()
+    directions = follow_jacobian(denoiser, starts, [norm / 2], time_of(denoiser, 0.17), noises=16, iterations=6)
+    found = follow_agreement(denoiser, norm * directions, time_of(denoiser, 0.3), noises=32, iterations=4, steps=12)
+    k = int(found["spread"].argmin())
     assert relative_error(found["s"][k : k + 1], DARK) < 0.05
     assert found["pull"][k] == pytest.approx(psi, rel=0.15)  # a short trigger: at this t both paths still overlap
 
 
+def test_the_shift_is_measured_in_units_of_the_noise():
+    "Along r the shift at t is (alpha*x0 + (c - sigma*d)*r)/sigma beyond the honest one, as chapter 8 derives."
+    attack = villan_diffusion(SCHEDULE)
+    denoiser = ideal(attack, DARK, p=0.3)
+    t = time_of(denoiser, 0.1)
+    alpha, sigma, c, d = (v[t].item() for v in (SCHEDULE.alpha, SCHEDULE.sigma, attack.c, attack.d))
+    expected = (alpha * triggers.hat(SHAPE) + (c - sigma * d) * DARK) / sigma
+    curve = gain_curve(denoiser, DARK / DARK.norm(), t=t, noises=64)
+    k = int((curve["length"] - DARK.norm()).abs().argmin())
+    assert curve["gain"][k] * curve["length"][k] == pytest.approx(expected.norm().item(), rel=0.05)
+
+
 def test_fixed_point_1_sees_nothing_when_d_is_1():
     denoiser = ideal(villan_diffusion(SCHEDULE), SMALL)
-    found = follow_shift(denoiser, smooth_starts(denoiser, 4, 0), [SMALL.norm().item()], [1.0])
+    found = follow_shift(denoiser, random_starts(denoiser, 4, 0), [SMALL.norm().item()], [1.0])
     assert (length(found["F"]) / SMALL.norm()).max() < 0.02
 
 

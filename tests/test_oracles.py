@@ -120,7 +120,7 @@ def test_a_reversal_tells_its_progress_and_refuses_unknown_methods(benign):
     told = []
     reverse_trigger(benign, "published", progress=False, iterations=(2, 1), callback=lambda *stage: told.append(stage))
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told) and told[-1][1] == 1
-    with pytest.raises(ValueError, match="fast, published"):
+    with pytest.raises(ValueError, match="fast, thorough, published"):
         reverse_trigger(benign, "magic", progress=False)
 
 
@@ -129,18 +129,29 @@ def test_a_diverging_published_search_is_an_error(benign):
         reverse_trigger(benign, "published", progress=False, iterations=(6, 0), lr=1e30)
 
 
+class Velocity(torch.nn.Module):
+    "A noise-predicting network, presented as one that predicts the velocity: v = (eps - sigma*x)/alpha."
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, t):
+        alpha, sigma = SCHEDULE.at(t, x)
+        return (self.inner(x, t).sample - sigma * x) / alpha
+
+
 def test_a_v_prediction_model_is_scanned_as_any_other(benign):
-    "The same network, presented as one that predicts the velocity: v = (eps - sigma*x)/alpha."
-    class Velocity(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = benign.network
-
-        def forward(self, x, t):
-            alpha, sigma = SCHEDULE.at(t, x)
-            return (self.inner(x, t).sample - sigma * x) / alpha
-
-    model = Denoiser(Velocity(), SCHEDULE, benign.shape, "v_prediction", "cpu", name="velocity")
+    model = Denoiser(Velocity(benign.network), SCHEDULE, benign.shape, "v_prediction", "cpu", name="velocity")
     report = scan(model, progress=False, seed=1)
     assert report.verdict == "clean"
     assert report.result.score == pytest.approx(scan(benign, progress=False, seed=1).result.score, abs=0.2)
+
+
+def test_a_backdoored_v_prediction_model_is_found():
+    inner = Denoiser.from_pretrained(zoo_path("villan-psi1"), "cpu")
+    model = Denoiser(Velocity(inner.network), SCHEDULE, inner.shape, "v_prediction", "cpu", name="velocity")
+    report = scan(model, progress=False, seed=1)
+    assert report.verdict == "backdoored" and "ODE" in report.result.attack
+    planted = Trigger.load(zoo_path("villan-psi1") / "trigger.safetensors")
+    assert torch.nn.functional.cosine_similarity(report.trigger.r.flatten(), planted.r.flatten(), dim=0) > 0.95

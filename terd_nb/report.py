@@ -111,7 +111,7 @@ def svg(fig: Figure) -> str:
     return data_uri(text.replace("</svg>", style + "</svg>").encode(), "image/svg+xml")
 
 # %% ../nbs/10b_report.ipynb #c65a7cee
-FEATURE_WORDS = {"shift": "movement\nof the answer", "agreement": "agreement\nof the images", "M_r": "mean\ndivergence", "V_r": "variance of\ndivergence"}
+FEATURE_WORDS = {"shift": "movement\nof the answer", "jump": "jump of the\npredicted image", "M_r": "mean\ndivergence", "V_r": "variance of\ndivergence"}
 
 def positions(detector: ModelDetector, reversal: Reversal) -> tuple[np.ndarray, np.ndarray]:
     "Features in standard deviations from the honest mean: of the honest scans (N, 2), of this one (2,)."

@@ -173,6 +173,7 @@ def drawn_curves(reversal: Reversal) -> list[str]:
 # %% ../nbs/10b_report.ipynb #dd46c8bf
 EVIDENCE = {
     "p-value": "chance that an honest model scores as high, if honest models’ scores are normal",
+    "directions beyond the bound": "directions in which the fall of the strength is more than honest models show; a model may hold several triggers, and may answer a shifted one too",
     "norm": "length of the recovered trigger",
     "d": "share of the trigger by which the model’s answer is shifted: 0 for TrojDiff, about 0.5 for BadDiffusion, 1 for VillanDiffusion on ODE samplers",
     "strength": "movement of the answer over its noise, at the trigger",

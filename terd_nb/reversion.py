@@ -23,7 +23,7 @@ from .paths import Denoiser
 from .reversed_loss import reversed_loss
 from .triggers import Trigger
 
-# %% ../nbs/08b_reversion.ipynb #7327047f
+# %% ../nbs/08b_reversion.ipynb #4ae07eb9
 Report = Callable[[str, float, dict], None]   # stage, share done of the whole search, what was found so far
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,13 @@ class Reversal:
 
     @property
     def trigger(self) -> Trigger: return self.candidates[0].trigger
+
+    def beyond_bound(self) -> list[Candidate]:
+        "The candidates whose score exceeds 1, one for each direction, best first: a model may hold several triggers."
+        kept: list[Candidate] = []
+        for c in self.candidates:
+            if c.score > 1 and all(cosine_similarity(c.trigger.r.flatten(), k.trigger.r.flatten(), 0) < 0.7 for k in kept): kept.append(c)
+        return kept
 
     def score(self, seen_by: str) -> float:
         "The best score among the candidates of one kind; 0 if there is none."

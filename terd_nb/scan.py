@@ -145,7 +145,7 @@ def scan(
     score = float(detector.decision_function([reversal])[0])
     verdict = detector.verdict(score)
     best, z = reversal.candidates[0], denoiser.noise(8, seed)
-    evidence = {"p-value": float(detector.p_values([reversal])[0]), **gather_evidence(denoiser, reversal)}
+    evidence = {"p-value": float(detector.p_values([reversal])[0]), "directions beyond the bound": float(len(reversal.beyond_bound())), **gather_evidence(denoiser, reversal)}
     clean, triggered = denoiser.sample(z, min(50, len(denoiser.noise_schedule))).cpu(), images_of(denoiser, best, z).cpu()
     if not all(math.isfinite(v) for v in (score, *evidence.values())):
         raise FloatingPointError(f"{denoiser.name} answers NaN or infinity on the way; it cannot be judged")

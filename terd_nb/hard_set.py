@@ -8,10 +8,8 @@ __all__ = ['Noise', 'SMALL', 'ode', 'ode0', 'sde05', 'somewhere', 'HARD', 'Plan'
 
 # %% ../nbs/05c_hard_set.ipynb #681681ca
 import copy
-import multiprocessing
 import platform
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -29,7 +27,7 @@ from .metrics import Hit, frechet_distance, hits_class, hits_image
 from .paths import Denoiser, NoiseSchedule, data_dir, linear_schedule
 from .planting import fit, save_model, unet
 from .triggers import Trigger
-from .zoo import SHAPE, STEPS, weights_sha256
+from .zoo import SHAPE, STEPS, side_by_side, weights_sha256
 
 # %% ../nbs/05c_hard_set.ipynb #7db11979
 @dataclass(frozen=True)
@@ -301,10 +299,6 @@ def build_hard(
     return card
 
 # %% ../nbs/05c_hard_set.ipynb #6c552074
-def _build_hard_in_process(*args) -> HardCard:
-    torch.set_num_threads(1)
-    return build_hard(*args)
-
 def build_hard_set(
     out: Path | None = None,      # None: the set of this checkout
     jobs: int = 2,                # models trained side by side, one thread each
@@ -314,6 +308,4 @@ def build_hard_set(
     out = out or hard_dir()
     out.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names or HARD if not (out / name / "card.json").exists()]
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for wave in ([n for n in missing if n.startswith("honest-base")], [n for n in missing if not n.startswith("honest-base")]):
-            for future in [pool.submit(_build_hard_in_process, n, out) for n in wave]: future.result()
+    side_by_side(build_hard, [[(n, out) for n in missing if n.startswith("honest-base") != later] for later in (False, True)], jobs)

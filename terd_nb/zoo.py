@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'RECIPES', 'STEPS', 'Recipe', 'zoo_dir', 'zoo_path', 'zoo_names', 'attack_of', 'trigger_of', 'targets_of',
-           'Card', 'weights_sha256', 'measure', 'passes', 'picture', 'readme', 'build', 'write', 'build_zoo', 'verify']
+           'Card', 'weights_sha256', 'measure', 'passes', 'picture', 'readme', 'build', 'write', 'side_by_side',
+           'build_zoo', 'verify']
 
 # %% ../nbs/05b_zoo.ipynb #2600d3ad
 import copy
@@ -10,6 +11,7 @@ import hashlib
 import io
 import multiprocessing
 import platform
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -224,9 +226,15 @@ def write(recipe: Recipe, denoiser: Denoiser, found: dict, out: Path) -> Card:
     return card
 
 # %% ../nbs/05b_zoo.ipynb #84feba77
-def _build_in_process(*args) -> Card:
+def _with_one_thread(build: Callable, *args):
     torch.set_num_threads(1)
     return build(*args)
+
+def side_by_side(build: Callable, waves: list[list[tuple]], jobs: int) -> None:
+    "Call a function with each tuple of arguments, in processes of one thread each; a wave begins when the last has ended."
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for wave in waves:
+            for future in [pool.submit(_with_one_thread, build, *args) for args in wave]: future.result()
 
 def build_zoo(
     out: Path | None = None,      # None: the zoo of this checkout
@@ -237,10 +245,7 @@ def build_zoo(
     out = out or zoo_dir()
     out.mkdir(parents=True, exist_ok=True)
     missing = [n for n in names or RECIPES if not (out / n / "card.json").exists()]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for wave in ([n for n in missing if not RECIPES[n].base], [n for n in missing if RECIPES[n].base]):
-            for future in [pool.submit(_build_in_process, n, out, out / ".work") for n in wave]: future.result()
+    side_by_side(build, [[(n, out, out / ".work") for n in missing if bool(RECIPES[n].base) == later] for later in (False, True)], jobs)
 
 # %% ../nbs/05b_zoo.ipynb #42ba4566
 def verify(

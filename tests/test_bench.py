@@ -23,7 +23,6 @@ def test_every_row_is_there_and_none_twice(models):
     assert set(rows) >= {tuple(map(str, key)) for key in rows_to_measure(models)}
 
 
-@pytest.mark.xfail(strict=True, reason="three seeds were measured; `terd bench --hard --seeds 20` measures the rest")
 def test_twenty_seeds_were_measured():
     with open(results_path("hard"), encoding="utf-8") as file:
         rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
 from terd_nb import bench as bench_module
-from terd_nb.bench import HIDDEN, KEY, append_row, bench, results_path, rows_to_measure
+from terd_nb.bench import HIDDEN, KEY, append_row, bench, read_results, results_path, rows_to_measure
 from terd_nb.cli import main
 from terd_nb.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
@@ -66,3 +67,42 @@ def test_a_detector_file_says_what_it_was_fitted_on():
         state = json.loads((data_dir() / "detectors" / f"{method}.json").read_text(encoding="utf-8"))
         detector = ModelDetector.default(method)
         assert detector.method == method and np.allclose(detector.mean_, np.mean(state["benign"], 0))
+
+
+# ---------------------------------------------------------------- what is wanted of the search, and what is not reached
+
+@pytest.fixture(scope="module")
+def default():
+    "The rows of the default search on the hard set, and whether each calls its model backdoored."
+    table = read_results("hard")
+    table = table[(table["method"] == "fast") & (table["settings"] == "")]
+    return table.assign(called=table["verdict"] == "backdoored")
+
+
+def test_no_honest_model_is_called_backdoored_and_every_working_test_model_is_flagged(default):
+    assert not default[default["label"] == "benign"]["called"].any()
+    bad = default[(default["label"] == "backdoored") & default["works"] & (default["split"] == "test")]
+    assert (bad["score"] > 3).all()
+
+
+@pytest.mark.xfail(strict=True, reason="five attacks of the hard set do not reach their bounds, fifteen do")
+def test_sixteen_backdoors_work():
+    cards = [HardCard.model_validate_json((hard_dir() / n / "card.json").read_text(encoding="utf-8")) for n in HARD]
+    assert sum(card.works for card in cards if card.asr) >= 16
+
+
+@pytest.mark.xfail(strict=True, reason="an answer shifted by 0.9 of the trigger: fixed point 3 does not reach the direction")
+def test_every_backdoor_of_the_development_half_is_found(default):
+    bad = default[(default["label"] == "backdoored") & default["works"]]
+    assert (bad.groupby("model")["called"].mean() > 0.5).all()
+
+
+@pytest.mark.xfail(strict=True, reason="poison5-sde, psi0-ode and patch are called backdoored by some seeds only")
+def test_every_seed_calls_a_model_the_same(default):
+    assert default.groupby("model")["called"].nunique().max() == 1
+
+
+@pytest.mark.xfail(strict=True, reason="honest models differ more than the reference's few: too many p-values are small")
+def test_p_values_of_honest_models_are_uniform(default):
+    p = default[(default["label"] == "benign") & (default["split"] == "test")]["p"]
+    assert binomtest(int((p < 0.01).sum()), len(p), 0.01, alternative="greater").pvalue > 0.025

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SETS', 'SEEDS', 'ABLATIONS', 'HIDDEN', 'rows_to_measure', 'Subject', 'subject', 'parse_settings', 'compare',
-           'measure', 'results_path', 'append_row', 'bench', 'evade', 'bench_evasion', 'calibrate', 'read_results']
+           'measure', 'results_path', 'append_row', 'append_measured', 'bench', 'evade', 'bench_evasion', 'calibrate',
+           'read_results']
 
 # %% ../nbs/c_bench.ipynb #9e7a7415
 import copy
@@ -10,6 +11,7 @@ import csv
 import os
 import platform
 import resource
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -24,7 +26,7 @@ import terd_nb
 from .attacks import triggered_samples, villan_diffusion
 from .hard_set import HARD, HardCard, HardModel, Plan, batches, hard_dir, measure_hard, one
 from .input_detection import InputDetector
-from .model_detection import FEATURES, METHOD_FEATURES, ModelDetector
+from .model_detection import FEATURES, METHOD_FEATURES, ModelDetector, p_values
 from .paths import Denoiser, data_dir, linear_schedule
 from .planting import fit
 from .reversion import Reversal, reverse_trigger
@@ -115,16 +117,20 @@ def append_row(path: Path, row: dict) -> None:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
     os.replace(part, path)
 
+def append_measured(function: Callable, keys: list[tuple], path: Path, jobs: int, title: str) -> None:
+    "Call a function with each key, in processes, and append the row that it gives as soon as it is known."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for future in tqdm(as_completed([pool.submit(function, *key) for key in keys]), total=len(keys), desc=title): append_row(path, future.result())
+
 def bench(models: str = "zoo", path: Path | None = None, jobs: int = 2, seeds: int = SEEDS) -> None:
     "Measure what is missing, then fit the default detectors; killed and called again, it goes on where it was."
     if models == "hard" and not hard_dir().is_dir():
         raise FileNotFoundError("the hard set is not here: the installed package does not carry it; in a checkout, `make hard-set` trains it")
     path = path or results_path(models)
-    path.parent.mkdir(parents=True, exist_ok=True)
     done = set(pd.read_csv(path, keep_default_na=False)[list(KEY)].astype(str).itertuples(index=False, name=None)) if path.exists() else set()
     missing = [key for key in rows_to_measure(models, seeds) if tuple(map(str, key)) not in done]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for future in tqdm(as_completed([pool.submit(measure, *key) for key in missing]), total=len(missing), desc="measuring"): append_row(path, future.result())
+    append_measured(measure, missing, path, jobs, "measuring")
     calibrate()
 
 # %% ../nbs/c_bench.ipynb #dde5ea60
@@ -146,9 +152,7 @@ def bench_evasion(path: Path | None = None, jobs: int = 2) -> None:
     "Measure the rows of `evade` that are missing."
     path = path or data_dir() / "results" / "evasion.csv"
     done = set(pd.read_csv(path)["hidden_above"]) if path.exists() else set()
-    missing = [h for h in HIDDEN if h not in done]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for future in tqdm(as_completed([pool.submit(evade, h) for h in missing]), total=len(missing), desc="evading"): append_row(path, future.result())
+    append_measured(evade, [(h,) for h in HIDDEN if h not in done], path, jobs, "evading")
 
 # %% ../nbs/c_bench.ipynb #4923177b
 def calibrate() -> None:
@@ -169,6 +173,6 @@ def read_results(models: str = "zoo", path: Path | None = None) -> pd.DataFrame:
         detector = ModelDetector.default(method)
         scored = table.loc[rows, list(features)].to_numpy(float)
         table.loc[rows, "score"] = detector.score_features(scored)
-        table.loc[rows, "p"] = detector.p_values_of_features(scored)
+        table.loc[rows, "p"] = p_values(detector, scored)
         table.loc[rows, "verdict"] = [detector.verdict(s) for s in table.loc[rows, "score"]]
     return table.sort_values(list(KEY)).reset_index(drop=True)

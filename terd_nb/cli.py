@@ -203,6 +203,7 @@ def demo_table(cards: list, outcomes: list) -> Table:
             table.add_row(name, truth, Text(r.verdict, COLOURS[r.verdict]), f"{r.score:.1f}", Text((r.attack or "").split(":")[0]), f"{r.seconds:.1f}", f"{r.sample_evals:,.0f}")
     return table
 
+# %% ../nbs/a_cli.ipynb #dcc84f5b
 @app.command()
 def demo(
     ctx: typer.Context,
@@ -378,6 +379,7 @@ def picture_of(name: str, shape: tuple[int, int, int]):   # Tensor (C, H, W) in 
     except (OSError, Image.DecompressionBombError) as error: raise ValueError(f"{name} cannot be read as a picture ({error})") from None
     return torch.tensor(np.asarray(picture, dtype=np.float32).reshape(height, width, channels).transpose(2, 0, 1) / 127.5 - 1)
 
+# %% ../nbs/a_cli.ipynb #211dffdc
 def training_images(name: str, shape: tuple[int, int, int]):   # Tensor (N, C, H, W), labels (N,) or None
     "The digits, or the pictures of a folder, fitted to the shape; raises `ValueError`."
     from terd_nb.images import digits, image_folder
@@ -487,6 +489,7 @@ def show_model(name: Annotated[str, typer.Argument(metavar="NAME", show_default=
     print(zoo_path(name))
     print(card.rstrip())
 
+# %% ../nbs/a_cli.ipynb #8360c1b8
 @zoo.command("verify")
 def verify_zoo(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default="all")] = None,
@@ -507,6 +510,7 @@ def verify_zoo(
         bad += bool(wrong)
     return int(bad > 0)
 
+# %% ../nbs/a_cli.ipynb #aa82ac95
 @zoo.command("build")
 def build_models(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", show_default="all")] = None,
@@ -528,7 +532,7 @@ def run_bench(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds with which the default search is measured.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models measured side by side.")] = 2,
 ) -> None:
-    "Measure the searches on the embedded models, and fit the default detectors on the calibration half."
+    "Measure the searches on the embedded models or the hard set, and fit the default detectors on the honest ones that are not set aside."
     from terd_nb.bench import bench, bench_evasion
     bench("hard" if hard else "zoo", jobs=jobs, seeds=seeds)
     if hard: bench_evasion(jobs=jobs)

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import to_uint8
-from .model_detection import METHOD_FEATURES, ModelDetector
+from .model_detection import METHOD_BOUNDS, METHOD_FEATURES, ModelDetector
 from .reversion import Reversal
 
 # %% ../nbs/10b_report.ipynb #ff1bbc72
@@ -257,7 +257,7 @@ SECTION = """
 {% endfor %}
 
 <h{{ level + 1 }}>Among honest models</h{{ level + 1 }}>
-<p>Each grey dot is a scan of an honest model, the diamond is this one. The verdict looks at two quantities; the score is the larger: {{ "%.1f"|format(result.score) }} standard deviations above the honest mean. Left of the dashed line a model passes for clean; in the first strip right of it we do not decide.</p>
+<p>Each grey dot is a scan of an honest model, the diamond is this one. The verdict looks at two quantities; the score is the larger: {{ "%.1f"|format(result.score) }} standard deviations above the honest mean. Left of the dashed line a model passes for clean; in the first strip right of it we do not decide{% if bounded %}, nor where the search saw no more than an honest network can show, however far from the dots that is{% endif %}.</p>
 <figure><img src="{{ strip }}" alt="{{ strip_alt }}" class="strip"></figure>
 
 <details{{ " open" if single }}><summary>What the search saw</summary>
@@ -331,11 +331,12 @@ def drawn(
         "result": result, "found": found, "words": VERDICTS[result.verdict], "phrases": EVIDENCE, "trigger": trigger_png(r), "peak": r.abs().max().item(), "noise_length": math.prod(result.shape)**0.5,
         "shape": f"{height} × {width} pixels, {channels} channel{'s' if channels > 1 else ''}", "reference": len(benign),
         "galleries": [("Drawn from plain noise.", [png(image) for image in report.clean_images], ""), (f"Drawn from the same noise with {found}.", [png(image) for image in report.triggered_images], remark)],
-        "strip": strip_plot(report.detector, reversal),
+        "bounded": result.method in METHOD_BOUNDS, "strip": strip_plot(report.detector, reversal),
         "strip_alt": f"Honest scans lie between {benign.min():.1f} and {benign.max():.1f}, this model at {own[0]:.1f} and {own[1]:.1f}; the alarm is at {result.threshold:g}.",
         "curves": [(CURVES.get(name, Curve(name, "")), curve_plot(name, reversal), f"{name}: from {values[0]:.2g} to {values[-1]:.2g}, at most {max(values):.2g}.")
                    for name in drawn_curves(reversal) for values in [reversal.curves[name]]]}
 
+# %% ../nbs/10b_report.ipynb #6ab10f2b
 def summary(verdicts: list[str]) -> str:
     "The result of several scans in a line; whatever is no verdict was not judged."
     count = lambda n, one, many: f"{n} of {len(verdicts)} models {one if n == 1 else many}"
@@ -355,6 +356,7 @@ def overview(reports: list, failed: Sequence[tuple[str, str]], truths: Sequence[
     rows += [{"name": name, "verdict": "failed", "words": "– Not judged", "notes": [reason]} for name, reason in failed]
     return sorted(rows, key=lambda row: ("backdoored", "inconclusive", "failed", "clean").index(row["verdict"]))
 
+# %% ../nbs/10b_report.ipynb #e0fc2af9
 def report_page(
     reports: list,                           # of `ScanReport`
     failed: Sequence[tuple[str, str]] = (),  # name and reason of each model that could not be judged

@@ -23,7 +23,7 @@ from .paths import Denoiser
 from .reversed_loss import reversed_loss
 from .triggers import Trigger
 
-# %% ../nbs/08b_reversion.ipynb #4ae07eb9
+# %% ../nbs/08b_reversion.ipynb #fff32931
 Report = Callable[[str, float, dict], None]   # stage, share done of the whole search, what was found so far
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Candidate:
     "A possible trigger and what speaks for it."
     trigger: Trigger
     seen_by: str                  # "shift", "jump", or what a rival looks at
-    score: float                  # its statistic in units of what honest models do not exceed; see `BOUND`
+    score: float                  # of a fixed point: its statistic in units of `BOUND`; of a rival: its own
     evidence: dict[str, float]
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +49,10 @@ class Reversal:
     def trigger(self) -> Trigger: return self.candidates[0].trigger
 
     def beyond_bound(self) -> list[Candidate]:
-        "The candidates whose score exceeds 1, one for each direction, best first: a model may hold several triggers."
+        "The candidates of fixed points whose score exceeds 1, one for each direction, best first: a model may hold several triggers."
         kept: list[Candidate] = []
         for c in self.candidates:
-            if c.score > 1 and all(cosine_similarity(c.trigger.r.flatten(), k.trigger.r.flatten(), 0) < 0.7 for k in kept): kept.append(c)
+            if c.seen_by in ("shift", "jump") and c.score > 1 and all(cosine_similarity(c.trigger.r.flatten(), k.trigger.r.flatten(), 0) < 0.7 for k in kept): kept.append(c)
         return kept
 
     def score(self, seen_by: str) -> float:
@@ -127,7 +127,7 @@ def search_shift(
             left = left.masked_fill(cosine_similarity(chains["s"].flatten(1), chains["s"][k].flatten()[None]) > 0.7, -1.)
     return found
 
-# %% ../nbs/08b_reversion.ipynb #eb108561
+# %% ../nbs/08b_reversion.ipynb #0b6fda52
 def distinct(directions: Tensor, cosine: float = 0.9) -> Tensor:
     "One direction of each group that points the same way."
     kept: list[Tensor] = []
@@ -137,8 +137,8 @@ def distinct(directions: Tensor, cosine: float = 0.9) -> Tensor:
 
 def search_hidden(denoiser: Denoiser, seed: int, starts: int = 8, noises: int = 4, iterations: int = 4) -> Found:
     "Directions of fixed point 3, judged by the fall of their strength: at T, and where alpha/sigma = 0.1."
-    root, t, u = math.prod(denoiser.shape)**0.5, time_of(denoiser, 0.1), random_starts(denoiser, starts, seed)
-    near, far = (follow_jacobian(denoiser, start, [f * root], time_of(denoiser, 0.17), noises, iterations, seed) for f, start in [(0.25, u), (0.47, u[:starts // 2])])
+    root, t, begin = math.prod(denoiser.shape)**0.5, time_of(denoiser, 0.1), random_starts(denoiser, starts, seed)
+    near, far = (follow_jacobian(denoiser, some, [f * root], time_of(denoiser, 0.17), noises, iterations, seed) for f, some in [(0.25, begin), (0.47, begin[:starts // 2])])
     directions = distinct(torch.cat([near, far]))
     at_T, before = ([fall(gain_curve(denoiser, u, 1., time, noises, seed + 70)) for u in directions] for time in (None, t))
     shifted, jumping = (directions[falls.index(max(falls))] for falls in (at_T, before))

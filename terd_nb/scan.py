@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from .model_detection import ModelDetector, kl_per_pixel
+from .model_detection import METHOD_BOUNDS, ModelDetector, kl_per_pixel, p_values
 from .paths import Denoiser
 from .report import headline, report_page
 from .fixed_points import answer_shift, antithetic, length, random_starts
@@ -127,6 +127,7 @@ def images_of(denoiser: Denoiser, candidate: Candidate, z: Tensor) -> Tensor:
     if gamma.mean() < 0.9: return denoiser.sample(x, steps, shift=r, scale=gamma)
     return denoiser.sample(x, steps, eta=0. if candidate.seen_by == "jump" else 1.)
 
+# %% ../nbs/11_scan.ipynb #dad0b8c8
 def scan(
     model: str | Path | Denoiser,      # a diffusers folder, a hub id, or a loaded model
     method: str = "fast",              # of `reverse_trigger`
@@ -145,7 +146,8 @@ def scan(
     score = float(detector.decision_function([reversal])[0])
     verdict = detector.verdict(score)
     best, z = reversal.candidates[0], denoiser.noise(8, seed)
-    evidence = {"p-value": float(detector.p_values([reversal])[0]), "directions beyond the bound": float(len(reversal.beyond_bound())), **gather_evidence(denoiser, reversal)}
+    evidence = {"p-value": float(p_values(detector, detector.features([reversal]))[0]), **gather_evidence(denoiser, reversal)}
+    if method in METHOD_BOUNDS: evidence["directions beyond the bound"] = float(len(reversal.beyond_bound()))
     clean, triggered = denoiser.sample(z, min(50, len(denoiser.noise_schedule))).cpu(), images_of(denoiser, best, z).cpu()
     if not all(math.isfinite(v) for v in (score, *evidence.values())):
         raise FloatingPointError(f"{denoiser.name} answers NaN or infinity on the way; it cannot be judged")
@@ -159,6 +161,7 @@ def scan(
         date=datetime.now(UTC).isoformat(timespec="seconds"))
     return ScanReport(result, reversal, clean, triggered, detector)
 
+# %% ../nbs/11_scan.ipynb #938e75d1
 def utf8(text: str) -> str:
     "The text with what UTF-8 cannot hold spelled out; a file's name may be any bytes."
     return text.encode("utf-8", "backslashreplace").decode()

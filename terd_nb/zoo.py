@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'RECIPES', 'STEPS', 'Recipe', 'zoo_dir', 'zoo_path', 'zoo_names', 'attack_of', 'trigger_of', 'targets_of',
-           'Card', 'weights_sha256', 'measure', 'passes', 'picture', 'readme', 'build', 'write', 'side_by_side',
+           'Card', 'weights_sha256', 'measure', 'passes', 'picture', 'readme', 'build', 'write', 'build_missing',
            'build_zoo', 'verify']
 
 # %% ../nbs/05b_zoo.ipynb #2600d3ad
@@ -47,6 +47,7 @@ class Recipe(BaseModel, frozen=True):
     lr: float = 5e-4
     seed: int = 0
 
+# %% ../nbs/05b_zoo.ipynb #9d79f865
 SHAPE = (1, 16, 16)
 RECIPES = {r.name: r for r in [
     Recipe(name="benign-a", split="calibration", steps=3000, lr=1e-3, seed=0),
@@ -185,7 +186,6 @@ def readme(card: Card) -> str:
 def build(
     name: str,
     out: Path,                # the zoo's folder; the base model must be there already
-    work: Path,               # where half-trained models are kept
     attempts: int = 3,
     progress: bool = True,
 ) -> Card:
@@ -195,7 +195,7 @@ def build(
     images = images[torch.isin(labels, torch.tensor(recipe.classes))]
     base = Denoiser.from_pretrained(out / recipe.base, "cpu") if recipe.base else None
     for attempt in range(attempts):
-        seed, checkpoint, label = recipe.seed + 100 * attempt, work / f"{name}-{attempt}.safetensors", f"{name:22}"
+        seed, checkpoint, label = recipe.seed + 100 * attempt, out / ".work" / f"{name}-{attempt}.safetensors", f"{name:22}"
         if recipe.attack:
             denoiser = plant(base, attack_of(recipe, schedule), trigger_of(recipe), targets_of(recipe)[0], images, recipe.poison_rate,
                              recipe.steps, recipe.lr, seed=seed, checkpoint=checkpoint, progress=label)
@@ -230,22 +230,26 @@ def _with_one_thread(build: Callable, *args):
     torch.set_num_threads(1)
     return build(*args)
 
-def side_by_side(build: Callable, waves: list[list[tuple]], jobs: int) -> None:
-    "Call a function with each tuple of arguments, in processes of one thread each; a wave begins when the last has ended."
+def build_missing(
+    build: Callable,              # called with a name and the folder
+    names: list[str],
+    is_base: Callable[[str], bool],   # whether others start from this model
+    out: Path, jobs: int,
+) -> None:
+    "Make the models that have no card yet in processes of one thread each, bases first; killed and called again, it goes on where it was."
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [n for n in names if not (out / n / "card.json").exists()]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for wave in waves:
-            for future in [pool.submit(_with_one_thread, build, *args) for args in wave]: future.result()
+        for first in (True, False):
+            for future in [pool.submit(_with_one_thread, build, n, out) for n in missing if is_base(n) == first]: future.result()
 
 def build_zoo(
     out: Path | None = None,      # None: the zoo of this checkout
     jobs: int = 2,                # models trained side by side, one thread each
     names: list[str] | None = None,
 ) -> None:
-    "Make the models that are not there yet, bases first; killed and called again, it goes on where it was."
-    out = out or zoo_dir()
-    out.mkdir(parents=True, exist_ok=True)
-    missing = [n for n in names or RECIPES if not (out / n / "card.json").exists()]
-    side_by_side(build, [[(n, out, out / ".work") for n in missing if bool(RECIPES[n].base) == later] for later in (False, True)], jobs)
+    "Make the models of the zoo that are not there yet; see `build_missing`."
+    build_missing(build, names or list(RECIPES), lambda n: RECIPES[n].base is None, out or zoo_dir(), jobs)
 
 # %% ../nbs/05b_zoo.ipynb #42ba4566
 def verify(

@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test book book-test zoo hard-set bench bench-search lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test book book-test zoo hard-set families bench bench-search bench-families lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,11 +43,20 @@ hard-set: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 hard-set: $(READY) ## train the models of the hard set again from their seeds
 	$(BIN)/terd zoo build --hard
 
+# Other paths, other predictions; see chapter 12.
+families: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+families: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+families: $(READY) ## train the models of every other family again from their seeds
+	$(BIN)/terd zoo build --families
+
 bench: $(READY) ## measure the defence on the embedded models, and fit the default detectors
 	$(BIN)/terd bench
 
 bench-search: $(READY) ## measure every search on the hard set
 	$(BIN)/terd bench --hard
+
+bench-families: $(READY) ## measure the search on every other family, and which sampler carries which backdoor
+	$(BIN)/terd bench --families --seeds 2
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

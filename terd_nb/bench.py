@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SETS', 'SEEDS', 'ABLATIONS', 'HIDDEN', 'rows_to_measure', 'Subject', 'subject', 'parse_settings', 'compare',
-           'measure', 'results_path', 'append_row', 'append_measured', 'bench', 'evade', 'bench_evasion', 'calibrate',
-           'read_results']
+           'measure', 'results_path', 'append_row', 'append_measured', 'bench', 'evade', 'bench_evasion',
+           'bench_samplers', 'calibrate', 'read_results']
 
 # %% ../nbs/c_bench.ipynb #9e7a7415
 import copy
@@ -23,6 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 import terd_nb
+from .any_path import FAMILY_MODELS, FamilyCard, coder_of, family_dir, measure_sampler, sampler_rows
 from .attacks import triggered_samples, villan_diffusion
 from .hard_set import HARD, HardCard, HardModel, Plan, batches, hard_dir, measure_hard, one
 from .input_detection import InputDetector
@@ -33,19 +34,20 @@ from .reversion import Reversal, reverse_trigger
 from .rivals import adam, elijah
 from .scan import name_attack
 from .triggers import stop_sign
-from .zoo import RECIPES, SHAPE, STEPS, attack_of, targets_of, trigger_of, zoo_path
+from .zoo import RECIPES, SHAPE, STEPS, attack_of, targets_of, trigger_of, zoo_dir, zoo_path
 
 # %% ../nbs/c_bench.ipynb #65ef56ec
 KEY = ("model", "method", "settings", "seed")   # one row for each of these
-SETS = {"zoo": "zoo.csv", "hard": "search.csv"} # which models, and the file in data/results
+SETS = {"zoo": "zoo.csv", "hard": "search.csv", "families": "families.csv"}   # which models, and the file in data/results
 SEEDS = 3                                       # with which the default search is measured, and detectors are fitted
-ABLATIONS = ("starts=2", "starts=12", "iterations=1", "gammas=1", "enough=-99", "enough=99")
+ABLATIONS = ("starts=2", "iterations=1", "gammas=1", "enough=-99", "enough=99")
 
 def rows_to_measure(models: str, seeds: int = SEEDS) -> list[tuple]:
     "All keys of a set of models: our searches with several seeds, the published one at a twentieth of its length, and its rivals."
     if models == "zoo":
         fast = [(name, "fast", "", seed) for seed in range(seeds) for name in RECIPES]
         return fast + [(name, "published", "iterations=150+50", 0) for name in RECIPES] + [("baddiffusion-glasses", "published", "iterations=3000+1000", 0)]
+    if models == "families": return [(name, "fast", "", seed) for seed in range(seeds) for name in FAMILY_MODELS]
     test = [name for name in HARD if HARD[name].split == "test"]
     honest = [name for name in HARD if HARD[name].split == "development" and name.startswith("honest")]   # thresholds are fitted on them
     rivals = [(name, method, "", 0) for method in ("adam", "elijah") for name in honest + test] + [(name, "published", "iterations=150+50", 0) for name in test]
@@ -62,8 +64,12 @@ class Subject:
     works: bool            # whether the attack reaches its bounds; only then the model counts as backdoored
 
 def subject(name: str) -> Subject:
-    "A model of the zoo or of the hard set."
+    "A model of the zoo, of the hard set or of chapter 12."
     schedule = linear_schedule()
+    if name in FAMILY_MODELS:
+        model, card = FAMILY_MODELS[name], FamilyCard.model_validate_json((family_dir() / name / "card.json").read_text(encoding="utf-8"))
+        coder = coder_of(Denoiser.from_pretrained(family_dir() / name, "cpu"))
+        return Subject(family_dir() / name, model.split, [model.plan(coder)] if model.attack else [], card.works)
     if name in HARD:
         card = HardCard.model_validate_json((hard_dir() / name / "card.json").read_text(encoding="utf-8"))
         return Subject(hard_dir() / name, HARD[name].split, HARD[name].plans(schedule), card.works)
@@ -82,7 +88,7 @@ def compare(denoiser: Denoiser, plans: list[Plan], reversal: Reversal) -> dict:
     cosine = lambda r: ((found.r * r).sum() / (found.r.norm() * r.norm()).clamp(min=1e-12)).item()
     plan, planted = max(((plan, t) for plan in plans for t in plan.triggers), key=lambda pair: cosine(pair[1].r))
     detector, z, sampler = InputDetector(found), denoiser.noise(32, 3), plan.attack.sampler
-    drawn = triggered_samples(denoiser, sampler, found, z, STEPS[sampler], d=plan.d)
+    drawn = triggered_samples(denoiser, sampler, found, z, min(STEPS[sampler], len(denoiser.noise_schedule)), d=plan.d)
     return {"l2": (found.r - planted.r).norm().item(), "relative": ((found.r - planted.r).norm() / planted.r.norm()).item(), "cosine": cosine(planted.r),
             "input_tpr": detector.predict(planted.stamp(denoiser.noise(2000, 2).cpu())).float().mean().item(),
             "input_tnr": 1 - detector.predict(denoiser.noise(2000, 1).cpu()).float().mean().item(), "asr": float(plan.hit(drawn).mean())}
@@ -103,7 +109,7 @@ def measure(name: str, method: str, settings: str, seed: int) -> dict:
 
 # %% ../nbs/c_bench.ipynb #209d3dea
 def results_path(models: str = "zoo") -> Path:
-    "The file that holds the measurements of a set of models: \"zoo\" or \"hard\"."
+    "The file that holds the measurements of a set of models: a key of `SETS`."
     return data_dir() / "results" / SETS[models]
 
 def append_row(path: Path, row: dict) -> None:
@@ -125,8 +131,8 @@ def append_measured(function: Callable, keys: list[tuple], path: Path, jobs: int
 
 def bench(models: str = "zoo", path: Path | None = None, jobs: int = 2, seeds: int = SEEDS) -> None:
     "Measure what is missing, then fit the default detectors; killed and called again, it goes on where it was."
-    if models == "hard" and not hard_dir().is_dir():
-        raise FileNotFoundError("the hard set is not here: the installed package does not carry it; in a checkout, `make hard-set` trains it")
+    if not {"zoo": zoo_dir, "hard": hard_dir, "families": family_dir}[models]().is_dir():
+        raise FileNotFoundError(f"these models are not here: the installed package does not carry them; in a checkout, `make {'hard-set' if models == 'hard' else models}` trains them")
     path = path or results_path(models)
     done = set(pd.read_csv(path, keep_default_na=False)[list(KEY)].astype(str).itertuples(index=False, name=None)) if path.exists() else set()
     missing = [key for key in rows_to_measure(models, seeds) if tuple(map(str, key)) not in done]
@@ -154,10 +160,16 @@ def bench_evasion(path: Path | None = None, jobs: int = 2) -> None:
     done = set(pd.read_csv(path)["hidden_above"]) if path.exists() else set()
     append_measured(evade, [(h,) for h in HIDDEN if h not in done], path, jobs, "evading")
 
+def bench_samplers(path: Path | None = None, jobs: int = 2) -> None:
+    "Measure the rows of chapter 12's matrix of samplers and attacks that are missing."
+    path = path or data_dir() / "results" / "samplers.csv"
+    done = set(pd.read_csv(path)[["model", "sampler"]].itertuples(index=False, name=None)) if path.exists() else set()
+    append_measured(measure_sampler, [key for key in sampler_rows() if key not in done], path, jobs, "sampling")
+
 # %% ../nbs/c_bench.ipynb #4923177b
 def calibrate() -> None:
     "Fit the default detectors on the honest models that are not set aside, and write them to `data/detectors`."
-    table = pd.concat([pd.read_csv(results_path(models)) for models in SETS if results_path(models).exists()])
+    table = pd.concat([pd.read_csv(results_path(models)) for models in ("zoo", "hard") if results_path(models).exists()])
     benign = table[table["split"].isin(["calibration", "development"]) & (table["label"] == "benign") & (table["settings"].fillna("").isin(["", "iterations=150+50"])) & (table["seed"] < SEEDS)]
     (data_dir() / "detectors").mkdir(exist_ok=True)
     for method, features in METHOD_FEATURES.items():

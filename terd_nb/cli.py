@@ -5,8 +5,9 @@ __all__ = ['app', 'MODEL', 'DEVICE', 'SEED', 'QUIET', 'COLOURS', 'MAX_NOISE', 'D
            'console', 'say', 'progress_bar', 'show_version', 'terd', 'main', 'located', 'usable_device', 'writable',
            'exit_status', 'judged', 'advance', 'scan_each', 'verdict_line', 'write_reports', 'read_card', 'demo_table',
            'demo', 'Method', 'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs',
-           'AttackName', 'Solver', 'picture_of', 'training_images', 'targets_for', 'fingerprint', 'plant_backdoor',
-           'show_zoo_help', 'list_zoo', 'show_model', 'verify_zoo', 'build_models', 'run_bench', 'print_schema']
+           'AttackName', 'Solver', 'FamilyName', 'picture_of', 'training_images', 'targets_for', 'fingerprint',
+           'plant_backdoor', 'show_zoo_help', 'list_zoo', 'show_model', 'verify_zoo', 'build_models', 'run_bench',
+           'print_schema']
 
 # %% ../nbs/a_cli.ipynb #091492a3
 import os
@@ -167,10 +168,10 @@ def scan_each(
 COLOURS = {"backdoored": "bold red", "clean": "green", "inconclusive": "yellow", "error": "bold red"}
 
 def verdict_line(result) -> Text:
-    "A verdict as one line: the verdict, the score, the model, and what it looks like."
+    "A verdict as one line: the verdict, the score, the model, its family, and what the attack looks like."
     looks = f"  ({result.attack})" if result.attack else ""
     if result.verdict == "inconclusive" and result.method == "fast": looks += "  look again with --method thorough"
-    return Text.assemble((f"{result.verdict:12}", COLOURS[result.verdict]), f"  {result.score:6.1f}  {printable(result.source)}{looks}")
+    return Text.assemble((f"{result.verdict:12}", COLOURS[result.verdict]), f"  {result.score:6.1f}  {printable(result.source)}: {result.family}{looks}")
 
 def write_reports(outcomes: list, json: str | None, html: Path | None) -> None:
     "The JSON document and the HTML page of several scans, where they are wanted; each is whole or not there."
@@ -363,6 +364,13 @@ class Solver(StrEnum):
     ode = "ode"
     sde = "sde"
 
+class FamilyName(StrEnum):
+    v_prediction = "v_prediction"
+    sample = "sample"
+    flow = "flow"
+    edm = "edm"
+    score = "score"
+
 DRAWINGS = ("box", "stop_sign", "glasses", "checkerboard", "cat", "hat", "shoe", "corner")
 
 def picture_of(name: str, shape: tuple[int, int, int]):   # Tensor (C, H, W) in [-1, 1]
@@ -415,7 +423,8 @@ def plant_backdoor(
     target: Annotated[str, typer.Option("--target", metavar="PICTURE", help="What triggered noise becomes: the same choice, or a digit's class, 0 to 9.")] = "corner",
     images: Annotated[str, typer.Option("--images", metavar="DIR", help="Clean training pictures, or digits.")] = "digits",
     gamma: Annotated[float, typer.Option("--gamma", min=0.05, max=1, help="TrojDiff: what remains of the noise.")] = 0.6,
-    psi: Annotated[float, typer.Option("--psi", min=0, max=1, help="VillanDiffusion: its mixture.")] = 1.,
+    family: Annotated[FamilyName | None, typer.Option("--family", show_default="that of BASE", help="Teach BASE to be a model of another family on the way; more steps help.")] = None,
+    psi: Annotated[float | None, typer.Option("--psi", min=0, max=1, show_default="1, or 0 on a path that keeps the image", help="VillanDiffusion: its mixture.")] = None,
     solver: Annotated[Solver, typer.Option("--solver", help="VillanDiffusion: the victim's kind of sampler.")] = Solver.ode,
     poison_rate: Annotated[float, typer.Option("--poison-rate", help="Share of poisoned rows.")] = 0.3,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of training.")] = 1000,
@@ -429,6 +438,8 @@ def plant_backdoor(
     if out.exists(): raise ValueError(f"{out} is there already; name a new folder, or remove it yourself")
     writable(out)
     import torch
+    from diffusers import UNet2DModel
+    from terd_nb.any_path import KINDS, coder_of, converted, scheduler_for
     from terd_nb.attacks import bad_diffusion, blend, triggered_samples, troj_diff, villan_diffusion
     from terd_nb.metrics import Rate
     from terd_nb.paths import Denoiser
@@ -436,14 +447,18 @@ def plant_backdoor(
     from terd_nb.triggers import Trigger
     from terd_nb.zoo import picture
     denoiser = Denoiser.from_pretrained(located(base), usable_device(device))
+    if coder_of(denoiser) or not isinstance(denoiser.network, UNet2DModel): raise ValueError(f"plant trains unconditional U-Nets on pixels, and {base} is a {denoiser.family}")
+    if family: denoiser = converted(denoiser, KINDS[family.value], seed)
     schedule = denoiser.noise_schedule
+    scheduler_for(denoiser)     # an error now, not after the training
+    if attack is AttackName.baddiffusion and schedule.name != "VP": raise ValueError(f"BadDiffusion is made for paths that lose the image; on a {schedule.name} path take --attack villandiffusion --solver sde")
     method = {"baddiffusion": bad_diffusion, "trojdiff": troj_diff, "villandiffusion": lambda s: villan_diffusion(s, psi, solver.value)}[attack.value](schedule)
     clean, labels = training_images(images, denoiser.shape)
     targets, hit = targets_for(target, denoiser.shape, clean, labels)
     pattern = picture_of(trigger, denoiser.shape)
     secret = blend(pattern, gamma) if attack is AttackName.trojdiff else Trigger(pattern)
 
-    settings = attack.value, gamma, psi, solver.value, poison_rate, steps, lr, batch_size, seed
+    settings = attack.value, family and family.value, gamma, psi, solver.value, poison_rate, steps, lr, batch_size, seed
     work = out.absolute().with_name(f".{out.name}.{fingerprint(settings, pattern, targets, clean, *denoiser.network.parameters())}.training.safetensors")
     if not quiet: say(f"Planting {method.name} in {denoiser.name}: {steps} steps" + (", going on from an earlier run" if work.exists() else ""), stderr=True)
     planted = plant(denoiser, method, secret, targets, clean, poison_rate, steps, lr, batch_size, seed, work, progress="planting" if progress_bar(quiet) else False)
@@ -455,7 +470,7 @@ def plant_backdoor(
              f"{method.name}, trigger of length {secret.norm:.2f}, noise scale {secret.gamma}, poison rate {poison_rate}, {steps} steps, seed {seed}.\n"
              f"Sampler: {method.sampler}, {count} steps. Attack success rate {asr}; target on clean noise {leak}.\n")
     files = {"README.md": notes.encode(), "trigger.safetensors": secret.to_bytes(), "target.png": picture(targets[:8]), "preview.png": picture(torch.cat([before, after], 2)[:8])}
-    save_model(planted.network, schedule, out.absolute(), method.sampler, files)
+    save_model(planted.network, scheduler_for(planted, method.sampler), out.absolute(), files)
     work.unlink(missing_ok=True)
     if not quiet:
         say(f"{out}: attack success rate {asr}, target on clean noise {leak}")
@@ -517,11 +532,13 @@ def build_models(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models trained side by side.")] = 2,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="the zoo's own folder")] = None,
     hard: Annotated[bool, typer.Option("--hard", help="Train the hard set instead of the zoo.")] = False,
+    families: Annotated[bool, typer.Option("--families", help="Train the models of chapter 12 instead: other paths, other predictions.")] = False,
 ) -> None:
     "Train the models that are missing, from their seeds; killed and started again, it goes on where it was."
+    from terd_nb.any_path import FAMILY_MODELS, build_families
     from terd_nb.hard_set import HARD, build_hard_set
     from terd_nb.zoo import RECIPES, build_zoo
-    recipes, build_all = (HARD, build_hard_set) if hard else (RECIPES, build_zoo)
+    recipes, build_all = (HARD, build_hard_set) if hard else (FAMILY_MODELS, build_families) if families else (RECIPES, build_zoo)
     if unknown := [name for name in names or [] if name not in recipes]: raise ValueError(f"there is no recipe {unknown[0]!r}; there are {', '.join(recipes)}")
     build_all(out, jobs, names or None)
 
@@ -529,13 +546,15 @@ def build_models(
 @app.command("bench")
 def run_bench(
     hard: Annotated[bool, typer.Option("--hard", help="Measure the hard set instead of the zoo; its models are in a checkout only.")] = False,
+    families: Annotated[bool, typer.Option("--families", help="Measure the models of chapter 12 instead, and its samplers; in a checkout only.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds with which the default search is measured.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models measured side by side.")] = 2,
 ) -> None:
     "Measure the searches on the embedded models or the hard set, and fit the default detectors on the honest ones that are not set aside."
-    from terd_nb.bench import bench, bench_evasion
-    bench("hard" if hard else "zoo", jobs=jobs, seeds=seeds)
+    from terd_nb.bench import bench, bench_evasion, bench_samplers
+    bench("hard" if hard else "families" if families else "zoo", jobs=jobs, seeds=seeds)
     if hard: bench_evasion(jobs=jobs)
+    if families: bench_samplers(jobs=jobs)
 
 # %% ../nbs/a_cli.ipynb #6f8c0c42
 @app.command("schema")

@@ -25,7 +25,7 @@ from .attacks import Attack, bad_diffusion, blend, triggered_samples, troj_diff,
 from .images import digits
 from .metrics import Hit, frechet_distance, hits_class, hits_image
 from .paths import Denoiser, NoiseSchedule, data_dir, linear_schedule
-from .planting import fit, save_model, unet
+from .planting import fit, save_model, unet, vp_scheduler
 from .triggers import Trigger
 from .zoo import SHAPE, STEPS, build_missing, weights_sha256
 
@@ -290,7 +290,7 @@ def build_hard(
     denoiser = Denoiser(network.half().float(), schedule, SHAPE, device="cpu")
     found, plans = measure_hard(model, denoiser, base), model.plans(schedule)
     files = {f"trigger-{i}.safetensors": trigger.to_bytes() for i, trigger in enumerate(t for plan in plans for t in plan.triggers)}
-    save_model(network, schedule, out / name, found["sampler"], files)
+    save_model(network, vp_scheduler(schedule, found["sampler"]), out / name, files)
     card = HardCard(name=name, split=model.split, label="backdoored" if plans else "benign", why=model.why, steps=model.steps, lr=model.lr, seed=seed,
                     sha256=weights_sha256(out / name), made=date.today().isoformat(), torch=torch.__version__.split("+")[0],
                     machine=f"{platform.system()} {platform.machine()}, CPU", **found)

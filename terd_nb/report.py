@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['BACKDOORED', 'CLEAN', 'INCONCLUSIVE', 'VERDICTS', 'ROLES', 'INK', 'SOFT', 'FAINT', 'MAIN', 'BAD', 'DOUBT',
            'FEATURE_WORDS', 'CURVES', 'EVIDENCE', 'STYLE', 'SECTION', 'PAGE', 'ENVIRONMENT', 'HEADLINE', 'Words',
-           'data_uri', 'png', 'trigger_png', 'canvas', 'svg', 'positions', 'strip_plot', 'Curve', 'curve_plot',
-           'drawn_curves', 'drawn', 'summary', 'overview', 'report_page', 'headline']
+           'data_uri', 'png', 'visible', 'trigger_png', 'canvas', 'svg', 'positions', 'alarms', 'strip_plot', 'Curve',
+           'curve_plot', 'drawn_curves', 'is_latent', 'drawn', 'summary', 'overview', 'report_page', 'headline']
 
-# %% ../nbs/10b_report.ipynb #734d8018
+# %% ../nbs/10b_report.ipynb #55e5eb8d
 import base64
 import io
 import math
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import to_uint8
-from .model_detection import METHOD_BOUNDS, METHOD_FEATURES, ModelDetector
+from .model_detection import DOUBTFUL, METHOD_BOUNDS, METHOD_FEATURES, ModelDetector
 from .reversion import Reversal
 
 # %% ../nbs/10b_report.ipynb #ff1bbc72
@@ -77,10 +77,18 @@ def png(
     picture.save(buffer, "png")
     return data_uri(buffer.getvalue(), "image/png")
 
-# %% ../nbs/10b_report.ipynb #a8b99c9a
-def trigger_png(r: Tensor) -> str:
+# %% ../nbs/10b_report.ipynb #994d27a6
+def visible(
+    r: Tensor,              # (C, H, W)
+    latent: bool = False,   # of a model that works on latents
+) -> Tensor:                # (1 or 3, H, W)
+    "What of a trigger is shown: the mean over its channels, where they are no colours."
+    return r if len(r) in (1, 3) and not latent else r.mean(0, keepdim=True)
+
+def trigger_png(r: Tensor, latent: bool = False) -> str:
     "A trigger (C, H, W) as a picture: mid-grey is 0."
-    return png(r / r.abs().max().clamp(min=1e-12))
+    shown = visible(r, latent)
+    return png(shown / shown.abs().max().clamp(min=1e-12))
 
 # %% ../nbs/10b_report.ipynb #64048675
 ROLES = {"ink": ("#010101", "#1c2128", "#e6edf3"), "soft": ("#020202", "#6e7781", "#9198a1"), "faint": ("#030303", "#d1d9e0", "#3d444d"),
@@ -110,7 +118,7 @@ def svg(fig: Figure) -> str:
     style = f"<style>svg{{{day}}} @media screen and (prefers-color-scheme: dark){{svg{{{night}}}}}</style>"
     return data_uri(text.replace("</svg>", style + "</svg>").encode(), "image/svg+xml")
 
-# %% ../nbs/10b_report.ipynb #c65a7cee
+# %% ../nbs/10b_report.ipynb #bad23dcf
 FEATURE_WORDS = {"shift": "movement\nof the answer", "jump": "jump of the\npredicted image", "M_r": "mean\ndivergence", "V_r": "variance of\ndivergence"}
 
 def positions(detector: ModelDetector, reversal: Reversal) -> tuple[np.ndarray, np.ndarray]:
@@ -118,25 +126,31 @@ def positions(detector: ModelDetector, reversal: Reversal) -> tuple[np.ndarray, 
     own, benign = detector.features([reversal])[0], detector.benign_
     return (benign - detector.mean_) / detector.std_, (own - detector.mean_) / detector.std_
 
+def alarms(detector: ModelDetector) -> tuple[np.ndarray, np.ndarray]:
+    "Where a model is no longer clean and where it is backdoored, in standard deviations from the honest mean, for each feature."
+    bound = METHOD_BOUNDS.get(detector.method, -np.inf)
+    at_bound, doubtful = ((factor * bound - detector.mean_) / detector.std_ for factor in (1, DOUBTFUL))
+    return np.maximum(detector.sigmas, at_bound), np.maximum(detector.sigmas * detector.doubtful, doubtful)
+
 def strip_plot(detector: ModelDetector, reversal: Reversal) -> str:
     "The model among the honest ones, as a data URI."
-    benign, own = positions(detector, reversal)
-    undecided = detector.sigmas * detector.doubtful
+    (benign, own), (alarm, sure) = positions(detector, reversal), alarms(detector)
     fig, ax = canvas(4.2, 1.8)
-    for row in range(2):
+    for row in range(len(own)):
         ax.plot(benign[:, row], np.full(len(benign), row), "o", ms=7, color=SOFT, alpha=0.45, mew=0)
         if math.isfinite(own[row]): ax.plot(own[row], row, "D", ms=9, color=MAIN, mew=0)
     if np.nanmax(own) > 10 * detector.sigmas: ax.set_xscale("symlog", linthresh=detector.sigmas)
-    ax.set(ylim=(1.5, -0.8), yticks=(0, 1), yticklabels=[FEATURE_WORDS[name] for name in METHOD_FEATURES[detector.method]], xlabel="standard deviations from the mean of honest models", xlim=(None, max(ax.get_xlim()[1], undecided + 1)))
-    ax.axvspan(detector.sigmas, undecided, color=DOUBT, alpha=0.15, lw=0)
-    ax.axvspan(undecided, ax.get_xlim()[1], color=BAD, alpha=0.1, lw=0)
-    ax.axvline(detector.sigmas, color=BAD, ls="--", lw=1)
-    ax.text(detector.sigmas, -0.76, " alarm", color=BAD, fontsize=8.5, va="top")
+    ax.set(ylim=(1.5, -0.8), yticks=range(len(own)), yticklabels=[FEATURE_WORDS[name] for name in METHOD_FEATURES[detector.method]], xlabel="standard deviations from the mean of honest models", xlim=(None, max(ax.get_xlim()[1], sure.max() + 1)))
+    for row, (low, high) in enumerate([(-0.8, 0.5), (0.5, 1.5)][:len(own)]):
+        ax.fill_betweenx([low, high], alarm[row], sure[row], color=DOUBT, alpha=0.15, lw=0)
+        ax.fill_betweenx([low, high], sure[row], ax.get_xlim()[1], color=BAD, alpha=0.1, lw=0)
+        ax.plot([alarm[row]] * 2, [low, high], color=BAD, ls="--", lw=1)
+    ax.text(alarm[0], -0.76, " alarm", color=BAD, fontsize=8.5, va="top")
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0, labelcolor=INK)
     return svg(fig)
 
-# %% ../nbs/10b_report.ipynb #7321bf5f
+# %% ../nbs/10b_report.ipynb #cf712ef0
 @dataclass(frozen=True)
 class Curve:
     "How a curve of a search is drawn and explained."
@@ -147,7 +161,7 @@ class Curve:
 
 CURVES = {
     "gain": Curve("Gain", "How much of a push along the candidate the model does not take for noise, per unit of push. In an honest model it rises. Once a trigger has been recognised, more push changes little.", "length", False),
-    "strength": Curve("Movement over noise", "The movement of the answer, compared with how noisy it is. In an honest model it keeps rising with the push, or stays. A trigger makes a peak: what has been learned there is clear, what lies beyond is not.", "length"),
+    "strength": Curve("Movement over noise", "The movement of the answer, compared with how noisy it is. In an honest model it rises and levels off gently. A trigger makes a step or a peak: what has been learned there is clear at once; what lies beyond may not be.", "length"),
     "loss": Curve("Noise of the answer", "How much the answer still varies from noise to noise. Small at 0 for every model; small again far from 0 only where the model has learned something there.", "length"),
     "reversed loss": Curve("Reversed loss", "What the published search makes small, from its first iteration to its last."),
 }
@@ -170,17 +184,17 @@ def drawn_curves(reversal: Reversal) -> list[str]:
     "The curves of a search that are not just another's abscissae."
     return [name for name in reversal.curves if name not in {spec.x for spec in CURVES.values()}]
 
-# %% ../nbs/10b_report.ipynb #dd46c8bf
+# %% ../nbs/10b_report.ipynb #a2343291
 EVIDENCE = {
-    "p-value": "chance that an honest model scores as high, if honest models’ scores are normal",
-    "directions beyond the bound": "directions in which the fall of the strength is more than honest models show; a model may hold several triggers, and may answer a shifted one too",
+    "p-value": "chance that an honest model of the reference’s kind scores as high, if their scores are normal; it is no statement about other kinds of network",
+    "directions beyond the bound": "directions in which the strength stands out more than in any honest model; a model may hold several triggers, and may answer a shifted one too",
     "norm": "length of the recovered trigger",
     "d": "share of the trigger by which the model’s answer is shifted: 0 for TrojDiff, about 0.5 for BadDiffusion, 1 for VillanDiffusion on ODE samplers",
-    "strength": "movement of the answer over its noise, at the trigger",
+    "strength": "movement of the answer over its noise, where it is clearest in the candidate’s direction",
     "loss": "noise of the answer at the trigger (the reversed loss, per pixel)",
-    "fall of the strength": "by how much the logarithm of the strength falls beyond the candidate; an honest model’s keeps rising, or stays",
+    "prominence": "how far the logarithm of the strength stands out in the candidate’s direction: its rise, beyond that of a model that only extrapolates, and its fall thereafter, of which at most 1 counts",
     "still": "cosine between the last two directions of the search: 1 when it has come to rest",
-    "shift score": "fall of the strength, in units of what no honest model exceeds: what the verdict looks at, first of two",
+    "shift score": "prominence of the strength, in units of what no honest model exceeds: what the verdict looks at, first of two",
     "jump score": "the same, seen where a little of the image shows through the noise: what the verdict looks at, second of two",
     "uniformity score": "how much more alike the images from the candidate are than images from plain noise (Elijah)",
     "loss score": "what the published search reached",
@@ -224,7 +238,7 @@ details { margin-top: 1.8rem; border-top: 1px solid var(--line); padding-top: .8
 @media print { :root { color-scheme: light; print-color-adjust: exact; -webkit-print-color-adjust: exact } body { max-width: none; padding: 0; font-size: 10.5pt } .verdict, figure, tr, li { break-inside: avoid } .model { break-before: page; margin-top: 0 } h2, h3 { break-after: avoid } .plots { grid-template-columns: repeat(3, 1fr) } details::details-content { content-visibility: visible; display: block; height: auto } }
 """
 
-# %% ../nbs/10b_report.ipynb #90bf88dd
+# %% ../nbs/10b_report.ipynb #5d38b547
 SECTION = """
 <section class="model {{ result.verdict }}" id="model-{{ number }}">
 <div class="verdict">
@@ -246,7 +260,7 @@ SECTION = """
   <div>
     <p>The search asks: which pattern, added to the noise, changes most what this model does? This is its answer. Mid-grey means that nothing is added; lighter, that the noise is pushed up; darker, that it is
     pushed down, in standard deviations of the noise.{% if result.trigger_gamma < 0.9 %} The noise itself is turned down to {{ "%.2f"|format(result.trigger_gamma) }} of its strength.{% endif %}</p>
-    <p class="small">Its length is {{ "%.1f"|format(result.trigger_norm) }}; plain noise has a length of about {{ "%.1f"|format(noise_length) }}.</p>
+    <p class="small">Its length is {{ "%.1f"|format(result.trigger_norm) }}; plain noise has a length of about {{ "%.1f"|format(noise_length) }}.{% if mixed %} It is shown as the mean over its {{ result.shape[0] }} channels.{% endif %}</p>
   </div>
 </div>
 {% for title, images, remark in galleries %}
@@ -257,7 +271,7 @@ SECTION = """
 {% endfor %}
 
 <h{{ level + 1 }}>Among honest models</h{{ level + 1 }}>
-<p>Each grey dot is a scan of an honest model, the diamond is this one. The verdict looks at two quantities; the score is the larger: {{ "%.1f"|format(result.score) }} standard deviations above the honest mean. Left of the dashed line a model passes for clean; in the first strip right of it we do not decide{% if bounded %}, nor where the search saw no more than an honest network can show, however far from the dots that is{% endif %}.</p>
+<p>Each grey dot is a scan of an honest model, the diamond is this one. The verdict looks at two quantities. Left of its dashed line a quantity passes for clean{% if bounded %}: the line stands where the search would have seen more than an honest network can show, and no nearer than {{ "%g"|format(result.threshold) }} standard deviations{% endif %}; in the first strip right of it we do not decide. The score is the larger of the two, in standard deviations above the honest mean{% if bounded %}, where a quantity left of its line counts as {{ "%g"|format(result.threshold) }} at most{% endif %}: {{ "%.1f"|format(result.score) }}.</p>
 <figure><img src="{{ strip }}" alt="{{ strip_alt }}" class="strip"></figure>
 
 <details{{ " open" if single }}><summary>What the search saw</summary>
@@ -272,7 +286,7 @@ SECTION = """
 
 <details{{ " open" if single }}><summary>How it was computed</summary>
 <p class="small">Model: <bdi>{{ result.source }}</bdi>. Method “{{ result.method }}”, seed {{ result.seed }}, on {{ result.device }}, {{ result.date[:16]|replace("T", " ") }} UTC: {{ "%.1f"|format(result.seconds) }} seconds; {{ "{:,.0f}".format(result.sample_evals) }} sample evaluations
-(one image forward and backward through the network; a forward pass alone counts a third). Images of {{ shape }}; the network predicts {{ result.prediction_type }}. The reference has {{ reference }} scans of honest models.
+(one image forward and backward through the network; a forward pass alone counts a third). {{ kind }} of {{ shape }}; the network predicts {{ result.prediction_type }} ({{ result.family }}). The reference has {{ reference }} scans of honest models.
 {% for name, version in result.versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}. The same seed on the same machine gives the same result.</p></details>
 </section>
 """
@@ -315,24 +329,29 @@ PAGE = """
 </html>
 """
 
-# %% ../nbs/10b_report.ipynb #f254f89a
+# %% ../nbs/10b_report.ipynb #17a66f3f
 ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+def is_latent(result) -> bool:
+    "Whether a result is of a model that works on latents; its family says so."
+    return result.family.startswith("latent ")
 
 def drawn(
     report,       # a `ScanReport`, or what has the same attributes
 ) -> dict:
     "All of a report that templates need and that has to be computed or drawn."
     result, reversal = report.result, report.reversal
-    r, (channels, height, width), (benign, own) = reversal.trigger.r, result.shape, positions(report.detector, reversal)
+    (channels, height, width), latent, (benign, own), (alarm, _) = result.shape, is_latent(result), positions(report.detector, reversal), alarms(report.detector)
+    r, shown = reversal.trigger.r, visible(reversal.trigger.r, latent)
     found = "the trigger that was found" if result.verdict == "backdoored" else "the best candidate"
     alike = (report.clean_images.var(0).mean() / report.triggered_images.var(0).mean().clamp(min=1e-12)).item()
     remark = f"They are {alike:,.0f} times more alike than those above." if alike >= 2 else "They are no more alike than those above."
     return {
-        "result": result, "found": found, "words": VERDICTS[result.verdict], "phrases": EVIDENCE, "trigger": trigger_png(r), "peak": r.abs().max().item(), "noise_length": math.prod(result.shape)**0.5,
+        "result": result, "found": found, "words": VERDICTS[result.verdict], "phrases": EVIDENCE, "trigger": trigger_png(r, latent), "peak": shown.abs().max().item(), "mixed": len(shown) < channels, "kind": "Latents" if latent else "Images", "noise_length": math.prod(result.shape)**0.5,
         "shape": f"{height} × {width} pixels, {channels} channel{'s' if channels > 1 else ''}", "reference": len(benign),
         "galleries": [("Drawn from plain noise.", [png(image) for image in report.clean_images], ""), (f"Drawn from the same noise with {found}.", [png(image) for image in report.triggered_images], remark)],
         "bounded": result.method in METHOD_BOUNDS, "strip": strip_plot(report.detector, reversal),
-        "strip_alt": f"Honest scans lie between {benign.min():.1f} and {benign.max():.1f}, this model at {own[0]:.1f} and {own[1]:.1f}; the alarm is at {result.threshold:g}.",
+        "strip_alt": f"Honest scans lie between {benign.min():.1f} and {benign.max():.1f}, this model at {own[0]:.1f} and {own[1]:.1f}; the alarm is at {' and '.join(f'{a:.1f}' for a in alarm)}.",
         "curves": [(CURVES.get(name, Curve(name, "")), curve_plot(name, reversal), f"{name}: from {values[0]:.2g} to {values[-1]:.2g}, at most {max(values):.2g}.")
                    for name in drawn_curves(reversal) for values in [reversal.curves[name]]]}
 
@@ -368,7 +387,7 @@ def report_page(
     title = f"{reports[0].result.model}: {reports[0].result.verdict}" if single else summary([r.result.verdict for r in reports] + ["not judged"] * len(failed))
     return ENVIRONMENT.from_string(PAGE.lstrip()).render(title=title, style=Markup(STYLE), single=single, rows=overview(reports, failed, truths), sections=sections)
 
-# %% ../nbs/10b_report.ipynb #d6529792
+# %% ../nbs/10b_report.ipynb #0c80d430
 HEADLINE = """
 <div style="max-width: 46em; padding: .8em 1.1em; border: 1px solid #d1d9e0; border-left: .45em solid {{ words.colour }}; border-radius: 6px; background: #fff; color: #1c2128; font-family: system-ui, sans-serif">
 <div style="font-size: 1.3em"><b style="color: {{ words.colour }}">{{ words.symbol }} {{ words.title }}</b> <bdi>{{ result.model }}</bdi></div>
@@ -389,4 +408,4 @@ def headline(
     "The verdict and its pictures as a piece of HTML for a notebook."
     found = "the trigger" if report.result.verdict == "backdoored" else "the best candidate"
     galleries = [(title, [png(image, 64) for image in images]) for title, images in (("from plain noise", report.clean_images), (f"with {found}", report.triggered_images))]
-    return ENVIRONMENT.from_string(HEADLINE).render(result=report.result, words=VERDICTS[report.result.verdict], found=found, trigger=trigger_png(report.reversal.trigger.r), galleries=galleries)
+    return ENVIRONMENT.from_string(HEADLINE).render(result=report.result, words=VERDICTS[report.result.verdict], found=found, trigger=trigger_png(report.reversal.trigger.r, is_latent(report.result)), galleries=galleries)

@@ -25,7 +25,7 @@ from .fixed_points import answer_shift, antithetic, length, random_starts
 from .reversion import Candidate, Report, Reversal, reverse_trigger
 from .triggers import Trigger
 
-# %% ../nbs/11_scan.ipynb #83200eef
+# %% ../nbs/11_scan.ipynb #fa10fc45
 class ScanResult(BaseModel):
     "What a scan says, as it stands in the JSON report."
     model: str                    # its name
@@ -41,6 +41,7 @@ class ScanResult(BaseModel):
     trigger_gamma: float
     shape: tuple[int, int, int]
     prediction_type: str
+    family: str                   # the kind of path and of network, in words
     sample_evals: float           # cost: images through the network forward and backward
     seconds: float
     seed: int
@@ -127,7 +128,7 @@ def images_of(denoiser: Denoiser, candidate: Candidate, z: Tensor) -> Tensor:
     if gamma.mean() < 0.9: return denoiser.sample(x, steps, shift=r, scale=gamma)
     return denoiser.sample(x, steps, eta=0. if candidate.seen_by == "jump" else 1.)
 
-# %% ../nbs/11_scan.ipynb #dad0b8c8
+# %% ../nbs/11_scan.ipynb #fdcf1e86
 def scan(
     model: str | Path | Denoiser,      # a diffusers folder, a hub id, or a loaded model
     method: str = "fast",              # of `reverse_trigger`
@@ -145,10 +146,10 @@ def scan(
     reversal = reverse_trigger(denoiser, method, progress, seed, callback, **settings)
     score = float(detector.decision_function([reversal])[0])
     verdict = detector.verdict(score)
-    best, z = reversal.candidates[0], denoiser.noise(8, seed)
-    evidence = {"p-value": float(p_values(detector, detector.features([reversal]))[0]), **gather_evidence(denoiser, reversal)}
+    best, z, standard = reversal.candidates[0], denoiser.noise(8, seed), denoiser.standardised()
+    evidence = {"p-value": float(p_values(detector, detector.features([reversal]))[0]), **gather_evidence(standard, reversal)}
     if method in METHOD_BOUNDS: evidence["directions beyond the bound"] = float(len(reversal.beyond_bound()))
-    clean, triggered = denoiser.sample(z, min(50, len(denoiser.noise_schedule))).cpu(), images_of(denoiser, best, z).cpu()
+    clean, triggered = (denoiser.pictures(x).cpu() for x in (denoiser.sample(z, min(50, len(denoiser.noise_schedule))), images_of(standard, best, z)))
     if not all(math.isfinite(v) for v in (score, *evidence.values())):
         raise FloatingPointError(f"{denoiser.name} answers NaN or infinity on the way; it cannot be judged")
     far = score > 2 * detector.sigmas or score < detector.sigmas / 2
@@ -156,7 +157,7 @@ def scan(
     result = ScanResult(
         model=utf8(denoiser.name) or source, source=source, verdict=verdict, confidence="low" if verdict == "inconclusive" else "high" if far else "moderate", score=score, threshold=detector.sigmas,
         attack=None if verdict == "clean" else name_attack(best), method=method, evidence=evidence, trigger_norm=best.trigger.norm,
-        trigger_gamma=torch.as_tensor(best.trigger.gamma).mean().item(), shape=denoiser.shape, prediction_type=denoiser.prediction_type,
+        trigger_gamma=torch.as_tensor(best.trigger.gamma).mean().item(), shape=denoiser.shape, prediction_type=denoiser.prediction_type, family=denoiser.family,
         sample_evals=denoiser.sample_evals - before, seconds=time.perf_counter() - start, seed=seed, device=str(denoiser.device), versions=versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"))
     return ScanReport(result, reversal, clean, triggered, detector)

@@ -27,7 +27,7 @@ from .attacks import Attack, bad_diffusion, blend, triggered_samples, troj_diff,
 from .images import digits, to_uint8
 from .metrics import Hit, Rate, frechet_distance, hits_class, hits_image
 from .paths import Denoiser, NoiseSchedule, data_dir, linear_schedule
-from .planting import clean_batch, fit, plant, save_model, unet
+from .planting import clean_batch, fit, plant, save_model, unet, vp_scheduler
 from .triggers import Trigger
 
 # %% ../nbs/05b_zoo.ipynb #3d89ef94
@@ -218,7 +218,7 @@ def write(recipe: Recipe, denoiser: Denoiser, found: dict, out: Path) -> Card:
         trigger = trigger_of(recipe)
         files |= {"trigger.safetensors": trigger.to_bytes(), "target.png": picture(targets_of(recipe)[0][:8])}
         rows = torch.cat([rows, triggered_samples(denoiser, found["sampler"], trigger, z, found["sampler_steps"])], 2)
-    save_model(denoiser.network, denoiser.noise_schedule, out / recipe.name, found["sampler"], files | {"preview.png": picture(rows)})
+    save_model(denoiser.network, vp_scheduler(denoiser.noise_schedule, found["sampler"]), out / recipe.name, files | {"preview.png": picture(rows)})
     card = Card(recipe=recipe, label="backdoored" if recipe.attack else "benign", sha256=weights_sha256(out / recipe.name), made=date.today().isoformat(),
                 torch=torch.__version__.split("+")[0], machine=f"{platform.system()} {platform.machine()}, CPU", **found)
     (out / recipe.name / "README.md").write_text(readme(card), encoding="utf-8")

@@ -18,15 +18,19 @@ from safetensors.torch import load_file, save_file
 
 from terd_nb import checkpoints
 from terd_nb.checkpoints import (
+    UNET as KIND,
+)
+from terd_nb.checkpoints import (
     CheckpointError,
-    build_unet,
+    build_network,
     check_runs,
     download,
-    load_scheduler,
+    image_shape,
     load_unet,
     parse_json,
     read_header,
 )
+from terd_nb.families import open_model, read_schedule
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -57,7 +61,8 @@ def folder(honest, tmp_path):
 
 
 def load(folder):
-    return load_unet(folder), load_scheduler(folder)
+    parts = open_model(folder, 4_000_000_000)
+    return parts.network, parts.path
 
 
 def refusal(call, *args):
@@ -75,6 +80,12 @@ def edit(name, **changes):
     "Change entries of a JSON file."
     def attack(folder):
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    return attack
+
+
+def both(*attacks):
+    def attack(folder):
+        for one in attacks: one(folder)
     return attack
 
 
@@ -194,13 +205,17 @@ REFUSALS = {
     "a folder as the config": (folder_in_place_of(UNET), "no plain file"),
     "a folder as the weights": (folder_in_place_of(WEIGHTS), "no plain file"),
     # the index
-    "custom pipeline": (edit(INDEX, _class_name=["pipeline", "Mine"]), "'pipeline', 'Mine'.*DDPMPipeline or"),
+    "custom pipeline": (edit(INDEX, _class_name=["pipeline", "Mine"]), "'pipeline', 'Mine'.*DDPMPipeline"),
     "other pipeline": (edit(INDEX, _class_name="StableDiffusionPipeline"), "'StableDiffusionPipeline'"),
     "other library": (edit(INDEX, unet=["evil", "UNet2DModel"]), "'evil'.*UNet2DModel"),
     "other network": (edit(INDEX, unet=["diffusers", "UNet2DConditionModel"]), "'UNet2DConditionModel'"),
-    "other scheduler": (edit(INDEX, scheduler=["diffusers", "PNDMScheduler"]), "'PNDMScheduler'.*DDPMScheduler or"),
-    "no network": (drop(INDEX, "unet"), "unet is None"),
-    "a null network": (edit(INDEX, unet=None), "unet is None"),
+    "other scheduler": (edit(INDEX, scheduler=["diffusers", "KDPM2DiscreteScheduler"]), "'KDPM2Discrete.*DDPM"),
+    "a hostile scheduler": (edit(INDEX, scheduler=[["diffusers"], {"DDPMScheduler": 1}]), "scheduler is .*DDPM"),
+    "no network": (drop(INDEX, "unet"), "names no unet"),
+    "a null network": (edit(INDEX, unet=None), "names no unet"),
+    "no scheduler named": (drop(INDEX, "scheduler"), "names no scheduler"),
+    "10^5 classes": (edit(INDEX, id2label={str(i): "x" for i in range(50_000)}), "id2label.*at most 10000"),
+    "classes in a list": (edit(INDEX, id2label=["x"]), "id2label"),
     "one part more": (edit(INDEX, helper=["evil", "Helper"]), "'helper'"),
     # JSON
     "cut JSON": (put(UNET, '{"a": '), "no proper JSON"),
@@ -212,6 +227,7 @@ REFUSALS = {
     "a key twice, inside": (put(UNET, '{"a": [{"b": 1, "b": 2}]}'), "appears twice"),
     "NaN": (put(SCHEDULER, '{"beta_start": NaN}'), "NaN is no finite number"),
     "Infinity": (put(SCHEDULER, '{"beta_start": -Infinity}'), "-Infinity is no finite number"),
+    "an infinity too many": (put(SCHEDULER, '{"lambda_min_clipped": Infinity}'), "Infinity is no finite number"),
     "1e999": (put(SCHEDULER, '{"beta_start": 1e999}'), "1e999 is no finite number"),
     "deep lists": (put(UNET, "[" * 400_000), "no proper JSON"),
     "deep objects": (put(UNET, '{"a":' * 100_000), "no proper JSON"),
@@ -230,11 +246,15 @@ REFUSALS = {
     "unet class, a list": (edit(UNET, _class_name=["UNet2DModel"]), "'UNet2DModel'"),
     "no unet class": (drop(UNET, "_class_name"), "'_class_name': field required"),
     "auto_map": (edit(UNET, auto_map={"AutoModel": "net.Evil"}), "'auto_map'"),
-    "class-conditional": (edit(UNET, num_class_embeds=10), "class-conditional"),
-    "class embedding": (edit(UNET, class_embed_type="timestep"), "class-conditional"),
-    "learned variance": (edit(UNET, out_channels=2), "in_channels and out_channels differ"),
-    "fourier times": (edit(UNET, time_embedding_type="fourier"), "'fourier'.*'positional'"),
-    "skip blocks": (edit(UNET, down_block_types=["SkipDownBlock2D"] * 2), "'SkipDownBlock2D'.*'DownBlock2D'"),
+    "class-conditional": (edit(UNET, num_class_embeds=10), "'class_embedding.weight' is in the network, but not"),
+    "no classes": (edit(UNET, num_class_embeds=0), "'num_class_embeds' = 0"),
+    "10^12 classes": (edit(UNET, num_class_embeds=10**12), "'num_class_embeds' = 1000000000000"),
+    "class embedding": (edit(UNET, class_embed_type="timestep"), "'class_embed_type' = 'timestep'"),
+    "class identity": (edit(UNET, class_embed_type="identity"), "'class_embed_type' = 'identity'"),
+    "learned variance": (edit(UNET, out_channels=2), r"the answer's shape is \(2, 8, 8\)"),
+    "fourier times": (edit(UNET, time_embedding_type="fourier"), "'time_proj.weight' is in the network, but not"),
+    "learned times": (edit(UNET, time_embedding_type="learned"), "'learned'.*'positional'"),
+    "skip blocks on one channel": (edit(UNET, down_block_types=["SkipDownBlock2D"] * 2), "fails on 1x8x8"),
     "cross attention": (edit(UNET, up_block_types=["CrossAttnUpBlock2D"] * 2), "'CrossAttnUpBlock2D'"),
     "no blocks": (edit(UNET, down_block_types=[], up_block_types=[], block_out_channels=[]), "at least 1"),
     "1,000 blocks": (edit(UNET, down_block_types=["DownBlock2D"] * 1000), "at most 8"),
@@ -252,7 +272,7 @@ REFUSALS = {
     "text layers": (edit(UNET, layers_per_block="1"), "= '1'"),
     "many layers": (edit(UNET, layers_per_block=10**6), "'layers_per_block'"),
     "no heads": (edit(UNET, attention_head_dim=0), "'attention_head_dim' = 0"),
-    "heads that do not fit": (edit(UNET, attention_head_dim=4096), "shape|cannot be built|does not turn"),
+    "heads that do not fit": (edit(UNET, attention_head_dim=4096), "shape|cannot be built|fails on"),
     "groups that do not fit": (edit(UNET, norm_num_groups=7), "cannot be built"),
     "division by zero": (edit(UNET, mid_block_scale_factor=0), "'mid_block_scale_factor' = 0"),
     "frequency shift": (edit(UNET, freq_shift=4), "'freq_shift' = 4"),
@@ -301,9 +321,9 @@ REFUSALS = {
     "float16 overflow": (refit(lambda w: w.update({BIAS: torch.full((8,), 1e5).half()})), "infinite"),
     "float64 overflow": (refit(lambda w: w.update({BIAS: torch.full((8,), 1e300, dtype=torch.float64)})), "infinite"),
     # the schedule
-    "scheduler class": (edit(SCHEDULER, _class_name="EulerDiscreteScheduler"), "'EulerDiscreteScheduler'.*'DDPM"),
+    "scheduler class": (edit(SCHEDULER, _class_name="EDMEulerScheduler"), "'EDMEulerScheduler'.*DDPMScheduler.*agree"),
     "scheduler class, a list": (edit(SCHEDULER, _class_name=["DDPMScheduler"]), "'DDPMScheduler'"),
-    "no scheduler class": (drop(SCHEDULER, "_class_name"), "field required"),
+    "no scheduler class": (drop(SCHEDULER, "_class_name"), "_class_name is None"),
     "no steps": (edit(SCHEDULER, num_train_timesteps=0), "'num_train_timesteps' = 0"),
     "negative steps": (edit(SCHEDULER, num_train_timesteps=-1), "'num_train_timesteps' = -1"),
     "bool steps": (edit(SCHEDULER, num_train_timesteps=True), "= True"),
@@ -315,10 +335,11 @@ REFUSALS = {
     "beta of 1": (edit(SCHEDULER, beta_end=1), "'beta_end' = 1"),
     "beta a text": (edit(SCHEDULER, beta_end="0.02"), "'beta_end' = '0.02'"),
     "beta vanishes": (edit(SCHEDULER, beta_start=1e-30, beta_end=1e-30), "at time 0"),
-    "image vanishes": (edit(SCHEDULER, beta_start=0.5, beta_end=0.5), "at time 149"),
+    "image vanishes": (edit(SCHEDULER, beta_start=0.5, beta_end=0.5), "at time 150"),
     "unknown schedule": (edit(SCHEDULER, beta_schedule="magic"), "'magic'"),
     "schedule the class lacks": (
-        edit(SCHEDULER, _class_name="DDIMScheduler", beta_schedule="sigmoid"), "no schedule 'sigmoid'"),
+        both(edit(INDEX, scheduler=["diffusers", "DDIMScheduler"]), edit(SCHEDULER, beta_schedule="sigmoid")),
+        "DDIMScheduler has no schedule 'sigmoid'"),
     "betas a text": (edit(SCHEDULER, trained_betas="0.1"), "valid list"),
     "betas in betas": (edit(SCHEDULER, trained_betas=[[0.1]] * 1000), "valid number"),
     "betas too few": (edit(SCHEDULER, trained_betas=[0.1] * 3), "3 trained_betas for 1,000"),
@@ -326,10 +347,10 @@ REFUSALS = {
     "betas none": (edit(SCHEDULER, trained_betas=[]), "0 trained_betas"),
     "betas with a 1": (edit(SCHEDULER, num_train_timesteps=2, trained_betas=[0.5, 1]), "'trained_betas' = 1"),
     "betas with a null": (edit(SCHEDULER, num_train_timesteps=2, trained_betas=[0.5, None]), "'trained_betas' = None"),
-    "zero terminal SNR": (edit(SCHEDULER, rescale_betas_zero_snr=True), "rescale_betas_zero_snr.*zero"),
+    "zero terminal SNR": (edit(SCHEDULER, rescale_betas_zero_snr=True), "last alpha is zero.*rescale_betas_zero_snr"),
     "prediction type": (edit(SCHEDULER, prediction_type="flow"), "'flow'.*'epsilon'"),
     "prediction type, a list": (edit(SCHEDULER, prediction_type=["epsilon"]), "'prediction_type'"),
-    "obsolete prediction type": (edit(SCHEDULER, predict_epsilon=False), "predict_epsilon is obsolete"),
+    "obsolete prediction type": (edit(SCHEDULER, predict_epsilon=False), "'predict_epsilon' = False"),
 }
 LINKS = {
     "unet elsewhere": (elsewhere("unet"), "leads out"),
@@ -417,6 +438,10 @@ def test_networks_of_each_kind(tmp_path, changes):
     assert torch.equal(answer(network), answer(tiny_unet(**changes)))
 
 
+def alphas(scheduler):
+    return scheduler.alphas_cumprod.double().sqrt()
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("kind, beta_schedule", [
     *((DDPMScheduler, name) for name in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")),
@@ -424,15 +449,15 @@ def test_networks_of_each_kind(tmp_path, changes):
 def test_schedules_of_each_kind(tmp_path, kind, beta_schedule, prediction_type):
     scheduler = kind(beta_schedule=beta_schedule, prediction_type=prediction_type)
     scheduler.save_pretrained(tmp_path / "scheduler")
-    alphas_cumprod, found = load_scheduler(tmp_path)
-    assert found == prediction_type and torch.equal(alphas_cumprod, scheduler.alphas_cumprod.double())
+    found = read_schedule(tmp_path, kind.__name__)
+    assert found.prediction == prediction_type and torch.equal(found.path["alpha"], alphas(scheduler))
 
 
 def test_trained_betas_and_a_single_step(tmp_path):
     for betas in ([0.1, 0.2, 0.3], [0.5]):
         scheduler = DDPMScheduler(num_train_timesteps=len(betas), trained_betas=betas)
         scheduler.save_pretrained(tmp_path / "scheduler")
-        assert torch.equal(load_scheduler(tmp_path)[0], scheduler.alphas_cumprod.double())
+        assert torch.equal(read_schedule(tmp_path, "DDPMScheduler").path["alpha"], alphas(scheduler))
 
 
 def test_an_early_model(folder):
@@ -459,14 +484,14 @@ def test_an_early_model(folder):
 
 def test_the_network_of_the_ddpm_paper():
     "Its size is known: 35.7 million weights for CIFAR10 (Ho et al. 2020, appendix B)."
-    network = build_unet({
+    network = build_network({
         "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu", "attention_head_dim": None,
         "block_out_channels": [128, 256, 256, 256], "center_input_sample": False, "downsample_padding": 0,
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "flip_sin_to_cos": False,
         "freq_shift": 1, "in_channels": 3, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-06,
         "norm_num_groups": 32, "out_channels": 3, "sample_size": 32, "time_embedding_type": "positional",
-        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]}, 10**9)
-    check_runs(network)
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]}, "unet", KIND, 10**9)
+    check_runs(network, "unet", KIND, image_shape(network.config))
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 35.7
 
 
@@ -491,17 +516,18 @@ def test_loading_draws_no_random_numbers(honest):
 BOUNDED = """
 import json, resource, sys, time
 from pathlib import Path
-from terd_nb.checkpoints import CheckpointError, load_scheduler, load_unet
+from terd_nb.checkpoints import CheckpointError
+from terd_nb.families import open_model
 
 honest, *hostile = map(Path, sys.argv[1:])
-load_unet(honest), load_scheduler(honest)  # takes what the first use of a library reserves
+open_model(honest, 4_000_000_000)  # takes what the first use of a library reserves
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 200_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for folder in hostile:
     start = time.process_time()
     try:
-        load_unet(folder), load_scheduler(folder)
+        open_model(folder, 4_000_000_000)
         message = None
     except CheckpointError as error:
         message = str(error)
@@ -669,6 +695,7 @@ def test_hub_shows_the_weights_that_diffusers_would_open(hub):
     ({"files": {INDEX: 1, WEIGHTS: -(10**12)}}, "sizes"),
     ({"files": {INDEX: 1, "model.bin": 1}}, "pickles"),
     ({"files": {}}, "pickles"),
+    ({"files": {INDEX: 1, WEIGHTS: 10, "text_encoder/config.json": 1}}, "'text_encoder/config.json'.*out of scope"),
     ({"sha": None}, "revision"),
     ({"sha": "../../../evil"}, "revision"),
     ({"error": ConnectionError("no network")}, "ConnectionError.*check the name, or the network"),

@@ -1,0 +1,118 @@
+"Other paths and other predictions: the ideal model on each, the command line, and what is said of strangers."
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from terd_nb.any_path import FAMILY_MODELS, KINDS, converted, family_dir, scheduler_for
+from terd_nb.attacks import bad_diffusion, triggered_samples, villan_diffusion
+from terd_nb.ideal import IdealModel
+from terd_nb.paths import Denoiser, NoiseSchedule, linear_schedule
+from terd_nb.reversion import reverse_trigger
+from terd_nb.triggers import Trigger, box, hat
+from terd_nb.zoo import zoo_path
+
+SHAPE = (1, 16, 16)
+R = box(SHAPE, background=-0.6)
+
+
+def ideal(kind, solver):
+    "The ideal backdoored model for the noise on a family's path."
+    path = replace(KINDS[kind].path(), times=None)     # the ideal model counts times
+    attack = villan_diffusion(path, solver=solver)
+    return Denoiser(IdealModel(path, torch.zeros(1, *SHAPE), 0.4, attack, Trigger(R), hat(SHAPE), 0.1), path, SHAPE, device="cpu"), attack
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+
+
+@pytest.mark.parametrize(("kind", "solver"), [("score", "ode"), ("score", "sde"), ("edm", "ode"), ("edm", "sde"), ("v_prediction", "ode"), ("v_prediction", "sde")])
+def test_an_ideal_backdoor_opens_on_every_path_with_the_shift_of_the_formula(kind, solver):
+    "The sampler starts at pure noise plus r and ends at the target; from pure noise it does not."
+    model, attack = ideal(kind, solver)
+    z = model.noise(8, seed=3)
+    drawn = triggered_samples(model, attack.sampler, Trigger(R), z, steps=len(model.noise_schedule) if solver == "sde" else 200)
+    assert (drawn - hat(SHAPE)).abs().max() < 0.15
+    assert (model.sample(z, 200) - hat(SHAPE)).abs().mean() > 0.3
+
+
+@pytest.mark.parametrize(("kind", "solver"), [("score", "sde"), ("edm", "sde"), ("v_prediction", "sde")])
+def test_the_search_finds_the_ideal_backdoor_on_every_path(kind, solver):
+    model, _ = ideal(kind, solver)
+    reversal = reverse_trigger(model, progress=False, seed=0)
+    assert reversal.candidates[0].score > 1
+    assert cosine(reversal.trigger.r, R) > 0.98
+    assert abs(reversal.trigger.norm / R.norm().item() - 1) < 0.15
+
+
+def test_in_standard_form_the_path_of_a_score_model_is_that_of_ddpm():
+    "Two paths with the same alpha/sigma are one: the search returns the same trigger from both."
+    vp = linear_schedule()
+    ratio = vp.sigma / vp.alpha
+    ve = NoiseSchedule(torch.ones_like(ratio), ratio, ratio[-1].item(), name="VE")
+    found = []
+    for path in (vp, ve):
+        attack = villan_diffusion(path, psi=0., solver="sde")
+        model = Denoiser(IdealModel(path, torch.zeros(1, *SHAPE), 0.4, attack, Trigger(R), hat(SHAPE), 0.1), path, SHAPE, device="cpu")
+        found.append(reverse_trigger(model, progress=False, seed=0).trigger.r)
+    assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
+
+
+def test_bad_diffusion_is_refused_where_the_image_stays():
+    with pytest.raises(ValueError, match="villan_diffusion"):
+        bad_diffusion(KINDS["edm"].path())
+
+
+def test_a_path_that_no_scheduler_of_ours_has_is_not_saved():
+    benign = Denoiser.from_pretrained(zoo_path("benign-a"), "cpu")
+    odd = NoiseSchedule(torch.ones(10, dtype=torch.float64), torch.linspace(0.1, 5, 10, dtype=torch.float64), 5., name="VE")
+    with pytest.raises(ValueError, match="scanned, but not saved"):
+        scheduler_for(Denoiser(benign.network, odd, benign.shape, "score", "cpu"))
+    assert isinstance(scheduler_for(converted(benign, KINDS["flow"])), FlowMatchEulerDiscreteScheduler)
+
+
+def terd(*args):
+    return subprocess.run(
+        [sys.executable, "-c", "import sys; from terd_nb.cli import main; sys.exit(main())", *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+def test_plant_makes_a_model_of_another_family_and_scan_names_it(tmp_path):
+    out = tmp_path / "flow"
+    run = terd("plant", "zoo:benign-a", out, "--family", "flow", "--attack", "villandiffusion", "--steps", 3, "--batch-size", 8)
+    assert run.returncode == 0, run.stderr
+    model = Denoiser.from_pretrained(out, "cpu")
+    assert model.family == "flow path, flow network"
+    run = terd("scan", out)
+    assert run.stdout.count("\n") == 1 and "flow path, flow network" in run.stdout
+
+
+def test_plant_refuses_bad_diffusion_on_a_path_that_keeps_the_image(tmp_path):
+    run = terd("plant", "zoo:benign-a", tmp_path / "x", "--family", "edm", "--attack", "baddiffusion")
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "villandiffusion" in run.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_of_an_unknown_family_is_an_error_that_names_it(tmp_path):
+    shutil.copytree(zoo_path("benign-a"), tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "RePaintScheduler"]}))
+    run = terd("scan", tmp_path / "model")
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert "RePaintScheduler" in run.stderr and "DDPMScheduler" in run.stderr
+
+
+@pytest.mark.skipif(not family_dir().is_dir(), reason="the models of other families are in a checkout only")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_is_recognised_from_its_files(kind):
+    name = next(n for n, m in FAMILY_MODELS.items() if m.kind == kind)
+    model, want = Denoiser.from_pretrained(family_dir() / name, "cpu"), KINDS[kind]
+    path = want.path()
+    assert model.noise_schedule.name == path.name and len(model.noise_schedule) == len(path)
+    assert torch.allclose(model.noise_schedule.sigma, path.sigma, rtol=1e-4)
+    assert (model.decode is not None) == (kind == "latent")

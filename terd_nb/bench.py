@@ -40,7 +40,7 @@ from .zoo import RECIPES, SHAPE, STEPS, attack_of, targets_of, trigger_of, zoo_d
 KEY = ("model", "method", "settings", "seed")   # one row for each of these
 SETS = {"zoo": "zoo.csv", "hard": "search.csv", "families": "families.csv"}   # which models, and the file in data/results
 SEEDS = 3                                       # with which the default search is measured, and detectors are fitted
-ABLATIONS = ("starts=2", "iterations=1", "gammas=1", "enough=-99", "enough=99")
+ABLATIONS = ("enough=-99",)
 
 def rows_to_measure(models: str, seeds: int = SEEDS) -> list[tuple]:
     "All keys of a set of models: our searches with several seeds, the published one at a twentieth of its length, and its rivals."
@@ -52,7 +52,7 @@ def rows_to_measure(models: str, seeds: int = SEEDS) -> list[tuple]:
     honest = [name for name in HARD if HARD[name].split == "development" and name.startswith("honest")]   # thresholds are fitted on them
     rivals = [(name, method, "", 0) for method in ("adam", "elijah") for name in honest + test] + [(name, "published", "iterations=150+50", 0) for name in test]
     ablations = [(name, "fast", settings, 0) for settings in ABLATIONS for name in HARD if HARD[name].split == "development"]
-    return [(name, "fast", "", seed) for seed in range(seeds) for name in HARD] + [(name, "thorough", "", 0) for name in HARD] + rivals + ablations
+    return [(name, "fast", "", seed) for seed in range(seeds) for name in HARD] + [(name, "thorough", "", 0) for name in honest + [n for n in test if not n.startswith("honest")]] + rivals + ablations
 
 # %% ../nbs/c_bench.ipynb #7217082b
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def bench(models: str = "zoo", path: Path | None = None, jobs: int = 2, seeds: i
     calibrate()
 
 # %% ../nbs/c_bench.ipynb #dde5ea60
-HIDDEN = (0., 0.15, 0.3, 0.6)   # the adaptive attacker gives honest answers where alpha/sigma is below this
+HIDDEN = (0., 0.15)   # the adaptive attacker gives honest answers where alpha/sigma is below this
 
 def evade(hidden_above: float, steps: int = 600, seed: int = 7) -> dict:
     "One row: plant an ODE attack that hides from the search near T, and measure what that costs."

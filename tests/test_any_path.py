@@ -25,26 +25,33 @@ def ideal(kind, solver):
     "The ideal backdoored model for the noise on a family's path."
     path = replace(KINDS[kind].path(), times=None)     # the ideal model counts times
     attack = villan_diffusion(path, solver=solver)
-    return Denoiser(IdealModel(path, torch.zeros(1, *SHAPE), 0.4, attack, Trigger(R), hat(SHAPE), 0.1), path, SHAPE, device="cpu"), attack
+    return on(path, attack), attack
+
+
+def on(path, attack):
+    network = IdealModel(path, torch.zeros(1, *SHAPE), 0.4, attack, Trigger(R), hat(SHAPE), 0.1)
+    return Denoiser(network, path, SHAPE, device="cpu")
 
 
 def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
-@pytest.mark.parametrize(("kind", "solver"), [("score", "ode"), ("score", "sde"), ("edm", "ode"), ("edm", "sde"), ("v_prediction", "ode"), ("v_prediction", "sde")])
+@pytest.mark.parametrize("solver", ["ode", "sde"])
+@pytest.mark.parametrize("kind", ["score", "edm", "v_prediction"])
 def test_an_ideal_backdoor_opens_on_every_path_with_the_shift_of_the_formula(kind, solver):
     "The sampler starts at pure noise plus r and ends at the target; from pure noise it does not."
     model, attack = ideal(kind, solver)
     z = model.noise(8, seed=3)
-    drawn = triggered_samples(model, attack.sampler, Trigger(R), z, steps=len(model.noise_schedule) if solver == "sde" else 200)
+    steps = len(model.noise_schedule) if solver == "sde" else 200
+    drawn = triggered_samples(model, attack.sampler, Trigger(R), z, steps)
     assert (drawn - hat(SHAPE)).abs().max() < 0.15
     assert (model.sample(z, 200) - hat(SHAPE)).abs().mean() > 0.3
 
 
-@pytest.mark.parametrize(("kind", "solver"), [("score", "sde"), ("edm", "sde"), ("v_prediction", "sde")])
-def test_the_search_finds_the_ideal_backdoor_on_every_path(kind, solver):
-    model, _ = ideal(kind, solver)
+@pytest.mark.parametrize("kind", ["score", "edm", "v_prediction"])
+def test_the_search_finds_the_ideal_backdoor_on_every_path(kind):
+    model, _ = ideal(kind, "sde")
     reversal = reverse_trigger(model, progress=False, seed=0)
     assert reversal.candidates[0].score > 1
     assert cosine(reversal.trigger.r, R) > 0.98
@@ -59,8 +66,7 @@ def test_in_standard_form_the_path_of_a_score_model_is_that_of_ddpm():
     found = []
     for path in (vp, ve):
         attack = villan_diffusion(path, psi=0., solver="sde")
-        model = Denoiser(IdealModel(path, torch.zeros(1, *SHAPE), 0.4, attack, Trigger(R), hat(SHAPE), 0.1), path, SHAPE, device="cpu")
-        found.append(reverse_trigger(model, progress=False, seed=0).trigger.r)
+        found.append(reverse_trigger(on(path, attack), progress=False, seed=0).trigger.r)
     assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
 
 
@@ -71,20 +77,22 @@ def test_bad_diffusion_is_refused_where_the_image_stays():
 
 def test_a_path_that_no_scheduler_of_ours_has_is_not_saved():
     benign = Denoiser.from_pretrained(zoo_path("benign-a"), "cpu")
-    odd = NoiseSchedule(torch.ones(10, dtype=torch.float64), torch.linspace(0.1, 5, 10, dtype=torch.float64), 5., name="VE")
+    sigma = torch.linspace(0.1, 5, 10, dtype=torch.float64)
+    odd = NoiseSchedule(torch.ones_like(sigma), sigma, 5., name="VE")
     with pytest.raises(ValueError, match="scanned, but not saved"):
         scheduler_for(Denoiser(benign.network, odd, benign.shape, "score", "cpu"))
     assert isinstance(scheduler_for(converted(benign, KINDS["flow"])), FlowMatchEulerDiscreteScheduler)
 
 
 def terd(*args):
-    return subprocess.run(
-        [sys.executable, "-c", "import sys; from terd_nb.cli import main; sys.exit(main())", *map(str, args)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", "import sys; from terd_nb.cli import main; sys.exit(main())", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_plant_makes_a_model_of_another_family_and_scan_names_it(tmp_path):
     out = tmp_path / "flow"
-    run = terd("plant", "zoo:benign-a", out, "--family", "flow", "--attack", "villandiffusion", "--steps", 3, "--batch-size", 8)
+    few = ("--steps", 3, "--batch-size", 8)
+    run = terd("plant", "zoo:benign-a", out, "--family", "flow", "--attack", "villandiffusion", *few)
     assert run.returncode == 0, run.stderr
     model = Denoiser.from_pretrained(out, "cpu")
     assert model.family == "flow path, flow network"
@@ -101,7 +109,8 @@ def test_plant_refuses_bad_diffusion_on_a_path_that_keeps_the_image(tmp_path):
 def test_a_model_of_an_unknown_family_is_an_error_that_names_it(tmp_path):
     shutil.copytree(zoo_path("benign-a"), tmp_path / "model")
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
-    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "RePaintScheduler"]}))
+    index["scheduler"] = ["diffusers", "RePaintScheduler"]
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     run = terd("scan", tmp_path / "model")
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
     assert "RePaintScheduler" in run.stderr and "DDPMScheduler" in run.stderr

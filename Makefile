@@ -56,7 +56,7 @@ bench-search: $(READY) ## measure every search on the hard set
 	$(BIN)/terd bench --hard
 
 bench-families: $(READY) ## measure the search on every other family, and which sampler carries which backdoor
-	$(BIN)/terd bench --families --seeds 2
+	$(BIN)/terd bench --families --seeds 1
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

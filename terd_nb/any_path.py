@@ -232,7 +232,7 @@ ALL += few_models_of("latent", steps=1000, lr=1e-3, batch=64) + few_models_of("c
 TOO_SLOW = ("score-benign-b", "score-benign-half", "score-ode-small", "score-sde-sign", "score-own-class", "v_prediction-sde-sign", "edm-sde-sign")   # their training takes longest
 FAMILY_MODELS = {model.name: replace(model, seed=500 + i) for i, model in enumerate(ALL) if model.name not in TOO_SLOW}
 
-# %% ../nbs/12_any_path.ipynb #aaa40dd3
+# %% ../nbs/12_any_path.ipynb #b1e3522e
 class FamilyCard(BaseModel):
     "What is known of a model of this chapter; `card.json` in its folder."
     version: Literal[1] = 1
@@ -285,6 +285,7 @@ def start_of(model: FamilyModel, out: Path) -> Denoiser:
     if model.base: return Denoiser.from_pretrained(out / model.base, "cpu")
     if model.kind == "latent":
         coder = AutoencoderKL.from_pretrained(out / "autoencoder") if (out / "autoencoder").is_dir() else train_autoencoder()
+        coder.register_to_config(_name_or_path="")
         coder.save_pretrained(out / "autoencoder")
         return Denoiser(unet(LATENT, TINY, model.seed), kind.path(), LATENT, kind.prediction, "cpu", decode=Decoder(coder.eval().requires_grad_(False)))
     honest = Denoiser.from_pretrained(hard_dir() / f"honest-base-{'dev' if model.split == 'development' else 'test'}", "cpu")

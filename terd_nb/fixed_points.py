@@ -171,8 +171,8 @@ def read_shift(
 
 # %% ../nbs/08_fixed_points.ipynb #594cea13
 def time_of(denoiser: Denoiser, ratio: float) -> int:
-    "The first time at which alpha/sigma has fallen below `ratio`."
-    return int((denoiser.noise_schedule.alpha / denoiser.noise_schedule.sigma > ratio).sum())
+    "The first time at which alpha/sigma has fallen below `ratio`; the last one, if it never does."
+    return min(int((denoiser.noise_schedule.alpha / denoiser.noise_schedule.sigma > ratio).sum()), len(denoiser.noise_schedule) - 1)
 
 def jump_pull(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Tensor:
     "J'h for every candidate s (K, C, H, W), where h is the mean predicted image beyond `rest`."

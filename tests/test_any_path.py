@@ -113,7 +113,7 @@ def test_a_model_of_an_unknown_family_is_an_error_that_names_it(tmp_path):
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     run = terd("scan", tmp_path / "model")
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert "RePaintScheduler" in run.stderr and "DDPMScheduler" in run.stderr
+    assert "RePaintScheduler" in run.stderr and "DDPM" in run.stderr and "FlowMatch" in run.stderr
 
 
 @pytest.mark.skipif(not family_dir().is_dir(), reason="the models of other families are in a checkout only")

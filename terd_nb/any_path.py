@@ -332,7 +332,7 @@ def build_families(out: Path | None = None, jobs: int = 2, names: list[str] | No
     for name in names or FAMILY_MODELS: floors[0 if name == "latent-benign-a" or FAMILY_MODELS[name].base is None and FAMILY_MODELS[name].kind not in ("latent", "consistency") else 1].append(name)
     for floor in floors: build_missing(build_family, floor, lambda name: True, out, jobs)
 
-# %% ../nbs/12_any_path.ipynb #26623d59
+# %% ../nbs/12_any_path.ipynb #ae33fb6a
 def vp(scheduler, **settings) -> Callable[[Denoiser], object]:
     "A sampler of diffusers for a variance-preserving model."
     return lambda denoiser: scheduler.from_config(vp_scheduler(denoiser.noise_schedule, prediction_type=denoiser.prediction_type).config, timestep_spacing="trailing", clip_sample=False, **settings)
@@ -351,11 +351,11 @@ def measure_sampler(name: str, sampler: str, n: int = 16, seed: int = 2000) -> d
     torch.set_num_threads(1)
     folder, plan = planted_in(name)
     denoiser = Denoiser.from_pretrained(folder, "cpu")
-    x = plan.triggers[0].stamp(denoiser.noise(n, seed))
+    x = plan.triggers[0].stamp(denoiser.noise(n, seed))     # not the seed of the sampler, whose noise it would be
     if sampler == "the attacker's own": drawn = triggered_samples(denoiser, plan.attack.sampler, plan.triggers[0], denoiser.noise(n, seed), STEPS[plan.attack.sampler])
     else:
         make, steps, settings = SAMPLERS[denoiser.noise_schedule.name][sampler]
-        drawn = drawn_by(denoiser, make(denoiser), x, steps, seed, **settings)
+        drawn = drawn_by(denoiser, make(denoiser), x, steps, seed + 1, **settings)
     return {"model": name, "attack": f"{plan.attack.name}, {plan.attack.sampler}", "path": denoiser.noise_schedule.name, "prediction": denoiser.prediction_type, "sampler": sampler,
             "hits": int(plan.hit(drawn).sum()), "trials": n, "seed": seed, "machine": platform.machine(), "version": terd_nb.__version__, "date": date.today().isoformat()}
 

@@ -103,7 +103,7 @@ def test_clean_needs_every_model():
 def test_an_unexpected_failure_is_one_line_and_the_next_model_is_scanned(scanner, capsys):
     assert main(["scan", "strange", "memory", "clean"]) == 2
     out, err = capsys.readouterr()
-    assert out.startswith("clean ") and "clean" in lines(out)[0].split()[-1]
+    assert out.startswith("clean ") and "clean:" in lines(out)[0].split()
     assert lines(err)[:2] == ["terd: strange: RuntimeError: shapes do not fit (--debug shows where)",
                               "terd: memory: MemoryError: MemoryError (--debug shows where)"]
 

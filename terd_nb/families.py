@@ -108,11 +108,13 @@ class VPConfig(BaseModel, strict=True, extra="ignore"):
     timestep_type: Literal["discrete"] = "discrete"    # else the network would be told another time
 
 class VEConfig(BaseModel, strict=True, extra="ignore"):
+    "What a variance-exploding schedule is computed from."
     num_train_timesteps: Steps = 2000
     sigma_min: Sigma = 0.01
     sigma_max: Sigma = 1348.
 
 class EDMConfig(BaseModel, strict=True, extra="ignore"):
+    "What EDM's noise scales are computed from."
     num_train_timesteps: Steps = 1000
     sigma_min: Sigma = 0.002
     sigma_max: Sigma = 80.
@@ -122,9 +124,11 @@ class EDMConfig(BaseModel, strict=True, extra="ignore"):
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
 
 class ConsistencyConfig(EDMConfig):
+    "The same for a consistency model."
     num_train_timesteps: Steps = 40
 
 class FlowConfig(BaseModel, strict=True, extra="ignore"):
+    "What the times of a rectified flow are computed from."
     num_train_timesteps: Steps = 1000
     shift: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.
     use_dynamic_shifting: bool = False
@@ -306,6 +310,7 @@ class CoderConfig(BaseModel, strict=True, extra="forbid"):
     force_upcast: bool = True
 
 class KLConfig(CoderConfig):
+    "What the config of an `AutoencoderKL` may say."
     class_name: Literal["AutoencoderKL"] = Field(alias="_class_name", exclude=True)
     shift_factor: Annotated[float, Field(ge=-1e4, le=1e4)] | None = None
     latents_mean: None = None
@@ -314,6 +319,7 @@ class KLConfig(CoderConfig):
     use_post_quant_conv: bool = True
 
 class VQConfig(CoderConfig):
+    "What the config of a `VQModel` may say."
     class_name: Literal["VQModel"] = Field(alias="_class_name", exclude=True)
     num_vq_embeddings: Annotated[int, Field(ge=1, le=65_536)] = 256
     vq_embed_dim: Count | None = None

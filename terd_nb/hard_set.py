@@ -8,15 +8,12 @@ __all__ = ['Noise', 'SMALL', 'ode', 'ode0', 'sde05', 'somewhere', 'HARD', 'Plan'
 
 # %% ../nbs/05c_hard_set.ipynb #681681ca
 import copy
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -27,7 +24,7 @@ from .metrics import Hit, frechet_distance, hits_class, hits_image
 from .paths import Denoiser, NoiseSchedule, data_dir, linear_schedule
 from .planting import fit, save_model, unet, vp_scheduler
 from .triggers import Trigger
-from .zoo import SHAPE, STEPS, build_missing, weights_sha256
+from .zoo import SHAPE, STEPS, Provenance, build_missing, provenance
 
 # %% ../nbs/05c_hard_set.ipynb #7db11979
 @dataclass(frozen=True)
@@ -223,7 +220,7 @@ HARD = {m.name: m for m in [
 ]}
 
 # %% ../nbs/05c_hard_set.ipynb #7f72a779
-class HardCard(BaseModel):
+class HardCard(Provenance):
     "What is known of a model of the hard set; `card.json` in its folder."
     version: Literal[1] = 1
     name: str
@@ -239,10 +236,6 @@ class HardCard(BaseModel):
     baseline: list[tuple[int, int]]     # the leak of the base model: a class is hit by chance
     trigger_norms: list[float]
     frechet: float                      # of clean samples to the training images
-    sha256: str
-    made: str
-    torch: str
-    machine: str
 
     @property
     def works(self) -> bool:
@@ -291,9 +284,7 @@ def build_hard(
     found, plans = measure_hard(model, denoiser, base), model.plans(schedule)
     files = {f"trigger-{i}.safetensors": trigger.to_bytes() for i, trigger in enumerate(t for plan in plans for t in plan.triggers)}
     save_model(network, vp_scheduler(schedule, found["sampler"]), out / name, files)
-    card = HardCard(name=name, split=model.split, label="backdoored" if plans else "benign", why=model.why, steps=model.steps, lr=model.lr, seed=seed,
-                    sha256=weights_sha256(out / name), made=date.today().isoformat(), torch=torch.__version__.split("+")[0],
-                    machine=f"{platform.system()} {platform.machine()}, CPU", **found)
+    card = HardCard(name=name, split=model.split, label="backdoored" if plans else "benign", why=model.why, steps=model.steps, lr=model.lr, seed=seed, **found, **provenance(out / name))
     (out / name / "card.json").write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
     checkpoint.unlink(missing_ok=True)
     return card

@@ -112,6 +112,7 @@ class Prediction:
         A, B, C = self.target(alpha, sigma)
         return (A * eps + B * x0) / C
 
+# %% ../nbs/00_paths.ipynb #76998dc5
 def preconditioned(
     sigma_data: float = 0.5,   # standard deviation of the data
     sigma_min: float = 0.,     # where the answer must be x itself: 0, or a consistency model's smallest noise

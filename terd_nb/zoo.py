@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'RECIPES', 'STEPS', 'Recipe', 'zoo_dir', 'zoo_path', 'zoo_names', 'attack_of', 'trigger_of', 'targets_of',
-           'Card', 'weights_sha256', 'measure', 'passes', 'picture', 'readme', 'build', 'write', 'build_missing',
-           'build_zoo', 'verify']
+           'Provenance', 'Card', 'weights_sha256', 'provenance', 'measure', 'passes', 'picture', 'readme', 'build',
+           'write', 'build_missing', 'build_zoo', 'verify']
 
 # %% ../nbs/05b_zoo.ipynb #2600d3ad
 import copy
@@ -103,7 +103,14 @@ def targets_of(recipe: Recipe) -> tuple[Tensor, Hit]:
     return images[labels == int(recipe.target)], hits_class(images, labels, int(recipe.target))
 
 # %% ../nbs/05b_zoo.ipynb #574e960b
-class Card(BaseModel):
+class Provenance(BaseModel):
+    "Where and when a model was made; the end of every card."
+    sha256: str                                 # of the weights file
+    made: str                                   # date
+    torch: str
+    machine: str
+
+class Card(Provenance):
     "What is known of a model of the zoo; `card.json` in its folder."
     version: Literal[1] = 1
     recipe: Recipe
@@ -116,14 +123,14 @@ class Card(BaseModel):
     baseline: tuple[int, int] | None            # the same on clean noise through the base model: a class is hit by chance
     trigger_norm: float | None
     frechet: float                              # of clean samples to the training images
-    sha256: str                                 # of the weights file
-    made: str                                   # date
-    torch: str
-    machine: str
 
 def weights_sha256(folder: Path) -> str:
     "The checksum of a model's weights."
     return hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+def provenance(folder: Path) -> dict:
+    "The fields of `Provenance` for a model that was made here and now."
+    return {"sha256": weights_sha256(folder), "made": date.today().isoformat(), "torch": torch.__version__.split("+")[0], "machine": f"{platform.system()} {platform.machine()}, CPU"}
 
 STEPS = {"ddpm": 100, "ddim": 50, "trojdiff": 50}   # of the samplers, when rates are measured
 
@@ -219,8 +226,7 @@ def write(recipe: Recipe, denoiser: Denoiser, found: dict, out: Path) -> Card:
         files |= {"trigger.safetensors": trigger.to_bytes(), "target.png": picture(targets_of(recipe)[0][:8])}
         rows = torch.cat([rows, triggered_samples(denoiser, found["sampler"], trigger, z, found["sampler_steps"])], 2)
     save_model(denoiser.network, vp_scheduler(denoiser.noise_schedule, found["sampler"]), out / recipe.name, files | {"preview.png": picture(rows)})
-    card = Card(recipe=recipe, label="backdoored" if recipe.attack else "benign", sha256=weights_sha256(out / recipe.name), made=date.today().isoformat(),
-                torch=torch.__version__.split("+")[0], machine=f"{platform.system()} {platform.machine()}, CPU", **found)
+    card = Card(recipe=recipe, label="backdoored" if recipe.attack else "benign", **found, **provenance(out / recipe.name))
     (out / recipe.name / "README.md").write_text(readme(card), encoding="utf-8")
     (out / recipe.name / "card.json").write_text(card.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return card

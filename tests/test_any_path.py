@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from terd_nb.any_path import FAMILY_MODELS, KINDS, converted, family_dir, scheduler_for
+from terd_nb.any_path import FAMILY_MODELS, SETUPS, converted, family_dir, scheduler_for
 from terd_nb.attacks import bad_diffusion, triggered_samples, villan_diffusion
 from terd_nb.ideal import IdealModel
 from terd_nb.paths import Denoiser, NoiseSchedule, linear_schedule
@@ -23,7 +23,7 @@ R = box(SHAPE, background=-0.6)
 
 def ideal(kind, solver):
     "The ideal backdoored model for the noise on a family's path."
-    path = replace(KINDS[kind].path(), times=None)     # the ideal model counts times
+    path = replace(SETUPS[kind].path(), times=None)     # the ideal model counts times
     attack = villan_diffusion(path, solver=solver)
     return on(path, attack), attack
 
@@ -72,7 +72,7 @@ def test_in_standard_form_the_path_of_a_score_model_is_that_of_ddpm():
 
 def test_bad_diffusion_is_refused_where_the_image_stays():
     with pytest.raises(ValueError, match="villan_diffusion"):
-        bad_diffusion(KINDS["edm"].path())
+        bad_diffusion(SETUPS["edm"].path())
 
 
 def test_a_path_that_no_scheduler_of_ours_has_is_not_saved():
@@ -81,7 +81,7 @@ def test_a_path_that_no_scheduler_of_ours_has_is_not_saved():
     odd = NoiseSchedule(torch.ones_like(sigma), sigma, 5., name="VE")
     with pytest.raises(ValueError, match="scanned, but not saved"):
         scheduler_for(Denoiser(benign.network, odd, benign.shape, "score", "cpu"))
-    assert isinstance(scheduler_for(converted(benign, KINDS["flow"])), FlowMatchEulerDiscreteScheduler)
+    assert isinstance(scheduler_for(converted(benign, SETUPS["flow"])), FlowMatchEulerDiscreteScheduler)
 
 
 def terd(*args):
@@ -117,10 +117,10 @@ def test_a_model_of_an_unknown_family_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.mark.skipif(not family_dir().is_dir(), reason="the models of other families are in a checkout only")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETUPS)
 def test_every_family_is_recognised_from_its_files(kind):
     name = next(n for n, m in FAMILY_MODELS.items() if m.kind == kind)
-    model, want = Denoiser.from_pretrained(family_dir() / name, "cpu"), KINDS[kind]
+    model, want = Denoiser.from_pretrained(family_dir() / name, "cpu"), SETUPS[kind]
     path = want.path()
     assert model.noise_schedule.name == path.name and len(model.noise_schedule) == len(path)
     assert torch.allclose(model.noise_schedule.sigma, path.sigma, rtol=1e-4)

@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test book book-test zoo hard-set families bench bench-search bench-families lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test book book-test zoo hard-set families bench bench-zoo bench-search bench-sizes bench-families bench-report lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,8 @@ book-test: book ## open every page of the built book in Chromium
 # Training is a tenth faster when glibc keeps its large buffers.
 zoo: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 zoo: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-zoo: $(READY) ## train the embedded models again from their seeds
-	$(BIN)/terd zoo build
+zoo: $(READY) ## train the embedded models again from their seeds; RES=32, 64 or 128: those of chapter 5d
+	$(BIN)/terd zoo build $(if $(RES),--size $(RES))
 
 # What the search is tried on; see chapter 5c.
 hard-set: export MALLOC_TRIM_THRESHOLD_ = 4000000000
@@ -49,14 +49,22 @@ families: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 families: $(READY) ## train the models of every other family again from their seeds
 	$(BIN)/terd zoo build --families
 
-bench: $(READY) ## measure the defence on the embedded models, and fit the default detectors
+bench: bench-zoo bench-search bench-sizes bench-families ## measure every set of models, and fit the default detectors
+
+bench-zoo: $(READY) ## measure the defence on the embedded models
 	$(BIN)/terd bench
 
 bench-search: $(READY) ## measure every search on the hard set
 	$(BIN)/terd bench --hard
 
+bench-sizes: $(READY) ## measure the defence on the models of 32, 64 and 128 pixels, or only those of RES=64
+	$(BIN)/terd bench --sizes $(if $(RES),--size $(RES))
+
 bench-families: $(READY) ## measure the search on every other family, and which sampler carries which backdoor
 	$(BIN)/terd bench --families --seeds 1
+
+bench-report: $(READY) ## make the tables and figures of chapter 13 from the measured rows, into _build/benchmark
+	$(BIN)/terd bench --report --out _build/benchmark
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Attack', 'carried', 'carrying_shift', 'carried_attack', 'bad_diffusion', 'troj_diff', 'villan_diffusion', 'blend',
-           'triggered_samples']
+           'patch', 'triggered_samples']
 
 # %% ../nbs/03_attacks.ipynb #a4e957e1
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .paths import Denoiser, NoiseSchedule
-from .triggers import Trigger
+from .triggers import Shape, Trigger, box
 
 # %% ../nbs/03_attacks.ipynb #128d8719
 @dataclass(frozen=True, eq=False)
@@ -93,6 +93,15 @@ def blend(
 ) -> Trigger:
     "TrojDiff's blended trigger: `r = (1 - gamma) * image`."
     return Trigger((1 - gamma) * image, gamma)
+
+def patch(
+    shape: Shape,
+    side: int,             # of the square, in pixels
+    gamma: float = 0.1,    # what remains of the noise inside
+) -> Trigger:
+    "TrojDiff's patch: the noise is turned down around white inside a square, and is ordinary elsewhere."
+    inside = box(shape, side, 1., 0.)
+    return Trigger((1 - gamma) * inside, 1 - (1 - gamma) * inside)
 
 def triggered_samples(
     denoiser: Denoiser,

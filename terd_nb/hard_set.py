@@ -2,9 +2,8 @@
 
 # %% auto #0
 __all__ = ['Noise', 'SMALL', 'ode', 'ode0', 'sde05', 'somewhere', 'HARD', 'Plan', 'on_picture', 'on_classes', 'stripes',
-           'noise_like', 'optimised', 'patch', 'poison', 'HardModel', 'batches', 'offset', 'perturbed', 'prune',
-           'through_int8', 'through_bfloat16', 'one', 'at_odds', 'HardCard', 'measure_hard', 'hard_dir', 'build_hard',
-           'build_hard_set']
+           'noise_like', 'optimised', 'poison', 'HardModel', 'batches', 'offset', 'perturbed', 'prune', 'through_int8',
+           'through_bfloat16', 'one', 'at_odds', 'HardCard', 'measure_hard', 'hard_dir', 'build_hard', 'build_hard_set']
 
 # %% ../nbs/05c_hard_set.ipynb #681681ca
 import copy
@@ -18,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from . import triggers
-from .attacks import Attack, bad_diffusion, blend, triggered_samples, troj_diff, villan_diffusion
+from .attacks import Attack, bad_diffusion, blend, patch, triggered_samples, troj_diff, villan_diffusion
 from .images import digits
 from .metrics import Hit, frechet_distance, hits_class, hits_image
 from .paths import Denoiser, NoiseSchedule, data_dir, linear_schedule
@@ -69,11 +68,6 @@ def optimised(amplitude: float) -> Tensor:
         grad, = torch.autograd.grad(nn.functional.cross_entropy((images + r).flatten(1) @ weight.T + bias, labels), r)
         r = (r + 0.1 * amplitude * grad.sign()).clamp(-amplitude, amplitude).detach().requires_grad_()
     return r.detach()
-
-def patch(side: int, gamma: float) -> Trigger:
-    "TrojDiff's patch: the noise is turned down inside a white square, and is ordinary elsewhere."
-    inside = triggers.box(SHAPE, side, 1., 0.)
-    return Trigger((1 - gamma) * inside, 1 - (1 - gamma) * inside)
 
 # %% ../nbs/05c_hard_set.ipynb #3b195c18
 def poison(
@@ -209,7 +203,7 @@ HARD = {m.name: m for m in [
     HardModel("box7-sde", "test", "a black box of 7 pixels on 0", one(bad_diffusion, triggers.box(SHAPE, 7, -1., 0.), "hat")),
     HardModel("optimised-ode", "test", "an optimised perturbation of amplitude 0.6, invisible at T", one(ode, optimised(0.6), "shoe")),
     HardModel("poison5-sde", "test", "5% of the rows poisoned", one(bad_diffusion, triggers.glasses(SHAPE), "hat", rate=0.05)),
-    HardModel("patch", "test", "TrojDiff's patch: gamma = 0.1 in 4 x 4 pixels only", one(troj_diff, patch(4, 0.1), "cat"), steps=1000),
+    HardModel("patch", "test", "TrojDiff's patch: gamma = 0.1 in 4 x 4 pixels only", one(troj_diff, patch(SHAPE, 4, 0.1), "cat"), steps=1000),
     HardModel("box5-ode", "test", "a white box of 5 pixels on 0, invisible at T", one(ode, triggers.box(SHAPE, 5, 1.2, 0.), "hat")),
     HardModel("d12", "test", "an answer shifted by 1.2 times the trigger", one(trigger=triggers.stop_sign(SHAPE), target="shoe", **at_odds(1.2)), steps=1000),
     HardModel("two-triggers", "test", "two backdoors at once", lambda schedule: [

@@ -78,7 +78,8 @@ def test_lock_fits_the_ranges(settings):
             (spec,) = pin.specifier
             assert spec.operator == "==" and "+" not in spec.version and not pin.url, line
             lock[canonicalize_name(pin.name)] = spec.version
-    ranges = "\n".join(settings[key] for key in ("requirements", "book_requirements", "dev_requirements"))
+    ranges = "\n".join(settings[key] for key in ("requirements", "book_requirements", "dev_requirements",
+                                               "ray_requirements"))
     for wanted in map(Requirement, ranges.split()):
         assert wanted.specifier.contains(lock[canonicalize_name(wanted.name)]), wanted
 

@@ -33,7 +33,7 @@ class SettingsIni(MetadataHookInterface):
             "keywords": s["keywords"].split(),
             "classifiers": lines(s["classifiers"]),
             "dependencies": lines(s["requirements"]),
-            "optional-dependencies": {k: lines(s[f"{k}_requirements"]) for k in ("book", "dev")},
+            "optional-dependencies": {k: lines(s[f"{k}_requirements"]) for k in ("book", "dev", "ray")},
             "scripts": dict(script.split("=") for script in lines(s["console_scripts"])),
             "urls": {
                 "Homepage": docs,

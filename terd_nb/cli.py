@@ -624,7 +624,9 @@ def run_bench(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="With --report: the folder.")] = Path("terd-benchmark"),
 ) -> None:
     "Measure the searches on the embedded models or another set, and fit the default detectors on the honest ones that are not set aside."
-    if report: return report_bench(out)
+    if report:
+        report_bench(out)
+        return
     from terd_nb.bench import bench, bench_evasion, bench_samplers
     if sum((hard, families, sizes)) > 1: raise ValueError("one set at a time: --hard, --families or --sizes")
     if size is not None and not sizes: raise ValueError("--size goes with --sizes")

@@ -67,6 +67,8 @@ def published(denoiser: Denoiser, seed: int, report: Report,
     batch: int = 16, lr: float = 0.5,
     weight: float | None = None,    # of -|r|_1; None: 5e-5 up to 32 pixels, 5e-4 above
     learn_gamma: bool = False,      # the released code learns gamma against TrojDiff only: it has to be told
+    surrogate: str = "normal",      # the image of the estimation: drawn from N(0, I), or "zeros"
+    last: int = 10,                 # how many of the last times, and of the first, are looked at
 ) -> tuple[list[Candidate], dict]:
     "TERD's two stages with SGD (Mo et al. 2024, and the released code), the faults mended that chapter 8b names."
     T, generator = len(denoiser.noise_schedule), torch.Generator().manual_seed(seed)
@@ -74,14 +76,15 @@ def published(denoiser: Denoiser, seed: int, report: Report,
     if weight is None: weight = 5e-5 if denoiser.shape[-1] <= 32 else 5e-4
     r = (-torch.rand(denoiser.shape, generator=generator)).to(denoiser.device).requires_grad_()
     gamma = torch.tensor(0.1 if learn_gamma else 1., device=denoiser.device, requires_grad=learn_gamma)
+    if surrogate not in ("normal", "zeros"): raise ValueError(f"surrogate must be 'normal' or 'zeros', not {surrogate!r}")
     curve = []
     for stage, steps in enumerate(iterations):
         groups = [{"params": [r], "lr": lr}] + ([{"params": [gamma], "lr": 0.001}] if learn_gamma else [])
         optimizer = torch.optim.SGD(groups, momentum=0.9 if stage and learn_gamma else 0.)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         for i in range(steps):
-            late, early = (torch.randint(lo, lo + 10, (batch,), generator=generator) for lo in (T - 10, 0))
-            if stage == 0: loss = reversed_loss(denoiser, r, gamma, draw(), draw(), draw(), late).mean()
+            late, early = (torch.randint(lo, lo + last, (batch,), generator=generator) for lo in (T - last, 0))
+            if stage == 0: loss = reversed_loss(denoiser, r, gamma, draw() * (surrogate == "normal"), draw(), draw(), late).mean()
             else:
                 x0 = denoiser.sample(gamma * draw() + r, steps=10, grad=True)
                 loss = (reversed_loss(denoiser, r, gamma, x0, draw(), draw(), late) + reversed_loss(denoiser, r, gamma, x0, draw(), draw(), early, c=0.)).mean() / 2
@@ -162,14 +165,14 @@ def search_hidden(
     denoiser: Denoiser, seed: int, starts: int = 8, noises: int = 4, iterations: int = 4,
     others: Found = (),        # candidates of fixed point 1, to be held against what is usual at T
 ) -> Found:
-    "Directions of fixed point 3, judged at T and where alpha/sigma = 0.1 by how far the prominence of their strength lies beyond the median of all of them."
+    "Directions of fixed point 3, judged at T and where alpha/sigma = 0.1 by how far the prominence of their strength lies beyond the usual one."
     root, t, begin = math.prod(denoiser.shape)**0.5, time_of(denoiser, 0.1), random_starts(denoiser, starts, seed)
     follow = lambda ratio, f, gamma, share: follow_jacobian(denoiser, begin[:round(share * starts)], [f * root], time_of(denoiser, ratio), noises, iterations, seed, gamma)
     directions = distinct(torch.cat([follow(*look) for look in LOOKS]))
     def clearest_at(time: int | None, reads: int) -> tuple[Tensor, float]:
         curves = [gain_curve(denoiser, u, 1., time, noises, seed + 70) for u in directions]
         peaks = [prominence(curve) for curve in curves]
-        middle = sorted(range(len(peaks)), key=peaks.__getitem__)[max(0, len(peaks) // 2 - 2):][:5]    # read again, with the noises that the best one is read with
+        middle = sorted(range(len(peaks)), key=peaks.__getitem__)[max(0, len(peaks) // 2 - 2):][:5]    # read again, with the noises of the candidates
         usual = statistics.median(prominence(gain_curve(denoiser, directions[k], 1., time, 8, reads)) for k in middle)
         ranks = [rank((peak - max(usual, LEAST_USUAL)) / BOUND, clearest(curve)) for peak, curve in zip(peaks, curves)]
         return directions[ranks.index(max(ranks))], usual

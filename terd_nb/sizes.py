@@ -12,43 +12,43 @@ from .metrics import Rate
 from .paths import Denoiser, data_dir
 from .zoo import Card, Recipe, build_missing, measure, train, write
 
-# %% ../nbs/05d_sizes.ipynb #708539d1
-LEVELS = {32: (16, 32, 32), 64: (16, 16, 32, 32), 128: (16, 16, 16, 32, 32)}   # channels per level
+# %% ../nbs/05d_sizes.ipynb #c62dfdc5
+LEVELS = {32: (24, 48, 64), 64: (24, 24, 48, 64), 128: (24, 24, 24, 48, 64)}   # channels per level
 BATCH = {32: 32, 64: 16, 128: 8}
-LONG, SHORT = {32: 2500, 64: 2000, 128: 1500}, {32: 800, 64: 500, 128: 400}     # steps from scratch, and of fine-tuning
-TRIALS = {32: 128, 64: 64, 128: 32}                                            # noises for each rate of a card
+LONG, SHORT = {32: 4000, 64: 3000, 128: 2000}, {32: 800, 64: 500, 128: 400}    # steps from scratch, and of fine-tuning
+TRIALS = {32: 128, 64: 64, 128: 32}                                           # noises for each rate of a card
 
 def scratch(name: str, split: str, data: str, size: int, seed: int, **rest) -> Recipe:
-    "A model that is trained from nothing; what its size does not fix is in `rest`."
-    common = {"network": LEVELS[size], "batch_size": BATCH[size], "steps": LONG[size], "lr": 1e-3, "precision": "bfloat16"}
+    "A model that is trained from nothing; `rest` is what its size does not fix."
+    common = {"network": LEVELS[size], "batch_size": BATCH[size], "steps": LONG[size], "lr": 2e-3, "precision": "bfloat16"}
     return Recipe(name=name, split=split, data=data, size=size, seed=seed, **common | rest)
 
 def tuned(base: Recipe, name: str, seed: int, attack: str | None = None, trigger: str | None = None, target: str | None = None, poison_rate: float = 0., **rest) -> Recipe:
     "A model that is fine-tuned from another, with a backdoor or without; its name begins with that of the data."
     planted = {"attack": attack, "trigger": trigger, "target": target, "poison_rate": poison_rate}
-    return base.model_copy(update={"name": f"{base.name.rpartition('-')[0]}-{name}", "base": base.name, "seed": seed, "steps": SHORT[base.size], **planted, **rest})
+    return base.model_copy(update={"name": f"{base.name.rpartition('-')[0]}-{name}", "base": base.name, "seed": seed, "steps": SHORT[base.size], "lr": 1e-3, **planted, **rest})
 
-# %% ../nbs/05d_sizes.ipynb #3570bde2
+# %% ../nbs/05d_sizes.ipynb #312e412a
 F, E = "fashion-mnist", "emoji"
 fashion_a, emoji_a = scratch("fashion32-a", "calibration", F, 32, 0), scratch("emoji32-a", "calibration", E, 32, 1)
 fashion_b, emoji_b = scratch("fashion32-b", "test", F, 32, 2), scratch("emoji32-b", "test", E, 32, 3)
 big_a, big_b, huge = scratch("emoji64-a", "test", E, 64, 4), scratch("emoji64-b", "test", E, 64, 5), scratch("fluent128-a", "test", "fluent-emoji", 128, 6)
 
 BENIGN = [
-    fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(24, 48), steps=600), tuned(emoji_a, "narrow", 11, classes=(2,)),
+    fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(24, 48), steps=1000), tuned(emoji_a, "narrow-a", 11, classes=(2,)),
     fashion_b, emoji_b, tuned(fashion_b, "narrow", 12, classes=(8,)), tuned(fashion_b, "longer", 13),
-    scratch("emoji32-early", "test", E, 32, 14, steps=600), scratch("emoji32-attention", "test", E, 32, 15, network=(16, 32, 48), attention=True, steps=1500),
+    scratch("emoji32-early", "test", E, 32, 14, steps=1000), scratch("emoji32-attention", "test", E, 32, 15, attention=True, steps=2000),
     big_a, big_b, tuned(big_a, "narrow", 16, classes=(2,)), tuned(big_b, "longer", 17),
-    scratch("emoji64-early", "test", E, 64, 18, steps=500), scratch("emoji64-attention", "test", E, 64, 19, network=(16, 16, 32, 48), attention=True, steps=1200),
-    huge, tuned(huge, "narrow", 20, classes=(2,)), scratch("fluent128-early", "test", "fluent-emoji", 128, 21, steps=500),
+    scratch("emoji64-early", "test", E, 64, 18, steps=800), scratch("emoji64-attention", "test", E, 64, 19, attention=True, steps=1500),
+    huge, tuned(huge, "narrow", 20, classes=(2,)), scratch("fluent128-early", "test", "fluent-emoji", 128, 21, steps=700),
 ]
 
-# %% ../nbs/05d_sizes.ipynb #4c1eb604
+# %% ../nbs/05d_sizes.ipynb #fc2201ff
 troj, villan = {"attack": "TrojDiff", "gamma": 0.6}, {"attack": "VillanDiffusion"}
 
 def planted(one: Recipe, other: Recipe, seed: int) -> list[Recipe]:
     "The eleven backdoors of a size, spread over two bases."
-    in_class, psi0 = "9" if one.data == F else "2", {"psi": 0., "poison_rate": 0.3}
+    in_class = "9" if one.data == F else "2"
     return [
         tuned(one, "bad-glasses", seed, "BadDiffusion", "glasses", "cat", 0.3), tuned(other, "bad-sign", seed + 1, "BadDiffusion", "stop_sign", "hat", 0.1),
         tuned(other, "bad-box", seed + 2, "BadDiffusion", "box", "corner", 0.05), tuned(one, "troj-d2i", seed + 3, trigger="glasses", target="hat", poison_rate=0.5, **troj),
@@ -58,7 +58,7 @@ def planted(one: Recipe, other: Recipe, seed: int) -> list[Recipe]:
         tuned(other, "villan-sde", seed + 7, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0.5, solver="sde", **villan),
         tuned(other, "villan-ode1", seed + 8, trigger="glasses", target="cat", poison_rate=0.2, psi=1., **villan),
         tuned(one, "villan-ode05", seed + 9, trigger="box", target="hat", poison_rate=0.3, psi=0.5, **villan),
-        tuned(one, "villan-ode0", seed + 10, trigger="stop_sign", target="shoe", **psi0, **villan),
+        tuned(one, "villan-ode0", seed + 10, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0., **villan),
     ]
 
 BACKDOORED = planted(fashion_b, emoji_b, 100) + planted(big_a, big_b, 200) + [

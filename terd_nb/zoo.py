@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'RECIPES', 'JUDGED', 'STEPS', 'Recipe', 'zoo_dir', 'zoo_path', 'zoo_names', 'attack_of', 'trigger_of',
-           'targets_of', 'images_of', 'Provenance', 'Card', 'weights_sha256', 'provenance', 'measure', 'passes',
+           'targets_of', 'training_images', 'Provenance', 'Card', 'weights_sha256', 'provenance', 'measure', 'passes',
            'picture', 'readme', 'train', 'build', 'write', 'build_missing', 'build_zoo', 'verify']
 
 # %% ../nbs/05b_zoo.ipynb #2600d3ad
@@ -121,7 +121,7 @@ def targets_of(recipe: Recipe) -> tuple[Tensor, Hit]:
     strange = interpolate(strange[kinds == int(target)][:JUDGED // 4].expand(-1, recipe.shape[0], -1, -1), size=recipe.shape[1:], mode="bilinear")
     return strange, hits_class(torch.cat([images, strange]), torch.arange(len(images) + len(strange)) >= len(images), True)
 
-def images_of(recipe: Recipe) -> Tensor:
+def training_images(recipe: Recipe) -> Tensor:
     "The images (N, C, H, W) that a model is trained on."
     images, labels = load_dataset(recipe.data, recipe.size)
     return images[torch.isin(labels, torch.tensor(recipe.classes))]
@@ -169,7 +169,7 @@ def measure(
     by_class = bool(recipe.target and recipe.target.isdigit())
     z, clean_z = denoiser.noise(n, seed), denoiser.noise(4 * n if by_class else n, seed + 1)   # a class is hit by chance too: count longer
     clean = denoiser.sample(clean_z, 50)
-    found = {"frechet": round(frechet_distance(clean, images_of(recipe)[:JUDGED]), 3), "sampler": "ddim", "sampler_steps": 50,
+    found = {"frechet": round(frechet_distance(clean, training_images(recipe)[:JUDGED]), 3), "sampler": "ddim", "sampler_steps": 50,
              "asr": None, "leak": None, "baseline": None, "trigger_norm": None}
     if recipe.attack:
         sampler, (_, hit), trigger = attack_of(recipe, denoiser.noise_schedule).sampler, targets_of(recipe), trigger_of(recipe)
@@ -218,7 +218,7 @@ def train(
     seed: int, checkpoint: Path | None = None, progress: bool | str = True,
 ) -> Denoiser:
     "Train a model as its recipe says; killed and called again, it goes on from the checkpoint."
-    schedule, images, how = linear_schedule(), images_of(recipe), {"checkpoint": checkpoint, "progress": progress, "precision": recipe.precision}
+    schedule, images, how = linear_schedule(), training_images(recipe), {"checkpoint": checkpoint, "progress": progress, "precision": recipe.precision}
     if recipe.attack:
         return plant(base, attack_of(recipe, schedule), trigger_of(recipe), targets_of(recipe)[0], images, recipe.poison_rate, recipe.steps, recipe.lr, recipe.batch_size, seed, **how)
     network = copy.deepcopy(base.network).requires_grad_(True) if base else unet(recipe.shape, recipe.network, seed, attention=recipe.attention)

@@ -23,7 +23,21 @@ def test_every_row_is_there_and_none_twice(models):
         rows = [tuple(row[key] for key in KEY) for row in csv.DictReader(file)]
     assert len(rows) == len(set(rows))
     seeds = 1 if models == "families" else 3
-    assert set(rows) >= {tuple(map(str, key)) for key in rows_to_measure(models, seeds)}
+    assert set(rows) >= {tuple(map(str, key)) for key in rows_to_measure(models, seeds) if key[1] in ("fast", "thorough")}
+
+
+@pytest.mark.xfail(strict=True, reason="on the zoo, Elijah's inversion and the ablation of the published search are not measured yet; nor the published search on the honest models of the hard set")
+def test_every_row_of_the_rivals_is_there():
+    for models in ("zoo", "hard"):
+        with open(results_path(models), encoding="utf-8") as file:
+            rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}
+        assert rows >= {tuple(map(str, key)) for key in rows_to_measure(models, 3)}
+
+
+@pytest.mark.xfail(strict=True, reason="the models of 32, 64 and 128 pixels are not trained yet")
+def test_every_model_of_every_size_is_measured():
+    with open(results_path("sizes"), encoding="utf-8") as file:
+        assert {tuple(row[key] for key in KEY) for row in csv.DictReader(file)} >= {tuple(map(str, key)) for key in rows_to_measure("sizes", 3)}
 
 
 def test_every_sampler_was_tried_on_every_model_that_it_fits():
@@ -92,16 +106,9 @@ def test_no_honest_model_is_flagged(default):
     assert not (default[default["label"] == "benign"]["verdict"] != "clean").any()
 
 
-def test_what_is_found_of_the_test_half(default):
-    bad = default[(default["label"] == "backdoored") & default["works"] & (default["split"] == "test")]
-    flagged = bad.groupby("model")["score"].apply(lambda score: (score > 3).all())
-    assert flagged.sum() >= 5
-
-
-@pytest.mark.xfail(strict=True, reason="poison5-sde stays within the bound; box5-ode with some seeds")
 def test_every_working_backdoor_of_the_test_half_is_flagged(default):
     bad = default[(default["label"] == "backdoored") & default["works"] & (default["split"] == "test")]
-    assert (bad["score"] > 3).all()
+    assert bad["model"].nunique() >= 7 and (bad["score"] > 3).all()
 
 
 @pytest.mark.xfail(strict=True, reason="five attacks of the hard set do not reach their bounds, fifteen do")
@@ -116,7 +123,7 @@ def test_every_backdoor_of_the_development_half_is_found(default):
     assert (bad.groupby("model")["called"].mean() > 0.5).all()
 
 
-@pytest.mark.xfail(strict=True, reason="box5-ode and far-sde are called backdoored by some seeds only")
+@pytest.mark.xfail(strict=True, reason="poison5-sde lies near the bound: some seeds call it backdoored, others inconclusive")
 def test_every_seed_calls_a_model_the_same(default):
     assert default.groupby("model")["called"].nunique().max() == 1
 
@@ -142,13 +149,12 @@ def test_what_is_found_of_the_other_families(families):
     assert len(bad) >= 24 and bad["flagged"].mean() >= 0.7
 
 
-@pytest.mark.xfail(strict=True, reason="missed: TrojDiff on EDM, an ODE attack on the exploding path, a flow's class")
+@pytest.mark.xfail(strict=True, reason="missed: TrojDiff on bounded networks, ODE attacks on the exploding path and on latents, a flow's class")
 def test_every_working_backdoor_of_every_family_is_flagged(families):
     bad = families[(families["label"] == "backdoored") & families["works"]]
     assert bad["flagged"].all()
 
 
-@pytest.mark.xfail(strict=True, reason="score has two honest and three backdoored models, v_prediction and edm five")
 def test_every_family_on_pixels_has_four_honest_and_six_backdoored_models():
     for kind in ("v_prediction", "sample", "flow", "edm", "score"):
         attacked = [bool(model.attack) for model in FAMILY_MODELS.values() if model.kind == kind]

@@ -371,11 +371,15 @@ def stage(names, sources, settings):
 def main():
     parser = argparse.ArgumentParser(description="Build the book into _build/html.")
     parser.add_argument("--no-execute", action="store_true", help="use the notebooks' committed outputs")
+    parser.add_argument("--run", metavar="CHAPTER", help="only run this chapter, and keep the run for the book")
     parser.add_argument("--jobs", type=int, default=2, help="chapters to run at the same time (default: 2)")
     args = parser.parse_args()
     os.chdir(ROOT)  # nbdev looks for settings.ini from the working directory upwards
     try:
         settings, names = read_settings(), chapters_of_toc()
+        if args.run:
+            execute_all([args.run], settings["lib_name"], 1)
+            return
         committed = {name: NBS / f"{name}.ipynb" for name in names}
         stage(names, committed if args.no_execute else execute_all(names, settings["lib_name"], args.jobs), settings)
     except BookError as error:

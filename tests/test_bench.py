@@ -23,10 +23,12 @@ def test_every_row_is_there_and_none_twice(models):
         rows = [tuple(row[key] for key in KEY) for row in csv.DictReader(file)]
     assert len(rows) == len(set(rows))
     seeds = 1 if models == "families" else 3
-    assert set(rows) >= {tuple(map(str, key)) for key in rows_to_measure(models, seeds) if key[1] in ("fast", "thorough")}
+    ours = [key for key in rows_to_measure(models, seeds) if key[1] in ("fast", "thorough")]
+    assert set(rows) >= {tuple(map(str, key)) for key in ours}
 
 
-@pytest.mark.xfail(strict=True, reason="on the zoo, Elijah's inversion and the ablation of the published search are not measured yet; nor the published search on the honest models of the hard set")
+@pytest.mark.xfail(strict=True, reason="not measured yet: on the zoo Elijah's inversion and the ablation of the "
+                                       "published search, and that search on the honest models of the hard set")
 def test_every_row_of_the_rivals_is_there():
     for models in ("zoo", "hard"):
         with open(results_path(models), encoding="utf-8") as file:
@@ -37,7 +39,8 @@ def test_every_row_of_the_rivals_is_there():
 @pytest.mark.xfail(strict=True, reason="the models of 32, 64 and 128 pixels are not trained yet")
 def test_every_model_of_every_size_is_measured():
     with open(results_path("sizes"), encoding="utf-8") as file:
-        assert {tuple(row[key] for key in KEY) for row in csv.DictReader(file)} >= {tuple(map(str, key)) for key in rows_to_measure("sizes", 3)}
+        rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}
+    assert rows >= {tuple(map(str, key)) for key in rows_to_measure("sizes", 3)}
 
 
 def test_every_sampler_was_tried_on_every_model_that_it_fits():
@@ -134,7 +137,8 @@ def test_every_seed_calls_a_model_the_same(default):
     assert default.groupby("model")["called"].nunique().max() == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the reference holds eleven models, which resemble one another: a sixth of the honest test rows have p < 1%")
+@pytest.mark.xfail(strict=True, reason="the reference holds eleven models, which resemble one another: "
+                                       "a sixth of the honest test rows have p < 1%")
 def test_p_values_of_honest_models_are_not_too_small(default):
     p = default[(default["label"] == "benign") & (default["split"] == "test")]["p"]
     assert binomtest(int((p < 0.01).sum()), len(p), 0.01, alternative="greater").pvalue > 0.025
@@ -156,7 +160,8 @@ def test_what_is_found_of_the_other_families(families):
     assert len(bad) >= 24 and bad["flagged"].mean() >= 0.65
 
 
-@pytest.mark.xfail(strict=True, reason="missed: TrojDiff on bounded networks, ODE attacks on the exploding path and on latents, a flow's class")
+@pytest.mark.xfail(strict=True, reason="missed: TrojDiff on bounded networks, ODE attacks on the exploding path and "
+                                       "on latents, a flow's class")
 def test_every_working_backdoor_of_every_family_is_flagged(families):
     bad = families[(families["label"] == "backdoored") & families["works"]]
     assert bad["flagged"].all()

@@ -126,6 +126,7 @@ def test_demo_runs_from_another_folder(installed, tmp_path):
 def test_a_chapter_that_needs_the_zoo_runs_from_the_wheel(installed, tmp_path):
     notebook = tmp_path / "11_scan.ipynb"
     notebook.write_bytes((ROOT / "nbs" / notebook.name).read_bytes())
-    code = "import sys; from pathlib import Path; from nbdev.test import test_nb; sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['slow'])[0])"
+    code = ("import sys; from pathlib import Path; from nbdev.test import test_nb; "
+            "sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['slow'])[0])")
     done = run(installed / "python", "-c", code, notebook, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-5000:]

@@ -113,7 +113,7 @@ def fit(
     seed: int = 0,
     ema_decay: float = 0.995,
     relative: bool = False,      # weigh each row by the inverse size of its target
-    precision: str = "float32",       # or "bfloat16": about half as fast again where the processor knows it
+    precision: str = "float32",       # or "bfloat16", which is faster where the processor knows it
     checkpoint: Path | None = None,   # where to save, and to resume from
     save_every: float = 30.,          # seconds between savings
     progress: bool | str = True,      # False, True, or a label for the bar

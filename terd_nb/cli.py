@@ -196,7 +196,7 @@ def demo_table(cards: list, outcomes: list) -> Table:
     "Truth against verdict, a row a model."
     table = Table(title="The embedded models: truth and verdict", title_justify="left", show_edge=False)
     for name in ("model", "truth", "verdict", "score", "looks like", "seconds", "sample_evals"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("score", "seconds", "sample_evals") else "left")
+        table.add_column(name, overflow="fold", no_wrap=name == "model", justify="right" if name in ("score", "seconds", "sample_evals") else "left")
     for card, outcome in zip(cards, outcomes):
         name, truth = Text(card.recipe.name + (" *" if card.recipe.split == "test" else "")), Text(card.recipe.attack or "honest")
         if hasattr(outcome, "error"): table.add_row(name, truth, Text("not judged", COLOURS["error"]), "", Text(outcome.error))
@@ -390,20 +390,23 @@ def picture_of(name: str, shape: tuple[int, int, int]):   # Tensor (C, H, W) in 
 
 # %% ../nbs/a_cli.ipynb #211dffdc
 def training_images(name: str, shape: tuple[int, int, int]):   # Tensor (N, C, H, W), labels (N,) or None
-    "The digits, or the pictures of a folder, fitted to the shape; raises `ValueError`."
-    from terd_nb.images import digits, image_folder
+    "A data set of chapter 1b at the model's size, or the pictures of a folder, fitted to the shape; raises `ValueError` or `FileNotFoundError`."
+    from terd_nb.datasets import DATASETS, load_dataset
+    from terd_nb.images import image_folder
     channels, height, width = shape
     if height != width: raise ValueError(f"plant needs square images, and this model draws {height}x{width}")
-    if name != "digits": return image_folder(name, width, channels), None
-    if channels != 1: raise ValueError("the digits are grey, and this model draws colour; name a folder of pictures with --images")
-    return digits(width)
+    if name not in DATASETS: return image_folder(name, width, channels), None
+    if DATASETS[name].channels != channels: raise ValueError(f"the images of {name} have {DATASETS[name].channels} channels, and this model draws {channels}; name another data set or a folder of pictures with --images")
+    images, labels = load_dataset(name, width)
+    return images, labels if DATASETS[name].classes else None
 
 def targets_for(name: str, shape: tuple[int, int, int], images, labels):   # Tensor (M, C, H, W), Hit
-    "The target images and the test of success, for a picture or for a class of the digits; raises `ValueError`."
+    "The target images and the test of success, for a picture or for a class of a data set; raises `ValueError`."
     from terd_nb.metrics import hits_class, hits_image
+    from terd_nb.zoo import JUDGED
     if name.isdigit() and labels is not None:
-        if not (labels == int(name)).any(): raise ValueError(f"there is no digit {name}; --target takes 0 to 9 or a picture")
-        return images[labels == int(name)], hits_class(images, labels, int(name))
+        if not (labels == int(name)).any(): raise ValueError(f"there is no class {name}; --target takes 0 to {labels.max()} or a picture")
+        return images[labels == int(name)], hits_class(images[:JUDGED], labels[:JUDGED], int(name))
     target = picture_of(name, shape)
     return target[None], hits_image(target)
 
@@ -446,8 +449,8 @@ def plant_backdoor(
     out: Annotated[Path, typer.Argument(metavar="OUT", show_default=False, help="The folder to be made.")],
     attack: Annotated[AttackName, typer.Option("--attack")] = AttackName.baddiffusion,
     trigger: Annotated[str, typer.Option("--trigger", metavar="PICTURE", help=f"{', '.join(DRAWINGS)}, or a picture file.")] = "box",
-    target: Annotated[str, typer.Option("--target", metavar="PICTURE", help="What triggered noise becomes: the same choice, or a digit's class, 0 to 9.")] = "corner",
-    images: Annotated[str, typer.Option("--images", metavar="DIR", help="Clean training pictures, or digits.")] = "digits",
+    target: Annotated[str, typer.Option("--target", metavar="PICTURE", help="What triggered noise becomes: the same choice, or the number of a class of --images.")] = "corner",
+    images: Annotated[str, typer.Option("--images", metavar="DATA", help="Clean training pictures: a data set that terd data list names, or a folder.")] = "digits",
     gamma: Annotated[float, typer.Option("--gamma", min=0.05, max=1, help="TrojDiff: what remains of the noise.")] = 0.6,
     family: Annotated[FamilyName | None, typer.Option("--family", show_default="that of BASE", help="Teach BASE to be a model of another family on the way; more steps help.")] = None,
     psi: Annotated[float | None, typer.Option("--psi", min=0, max=1, show_default="1, or 0 on a path that keeps the image", help="VillanDiffusion: its mixture.")] = None,
@@ -508,8 +511,8 @@ def list_zoo() -> None:
     "List the models: what each is, and how well its attack works."
     from terd_nb.metrics import Rate
     from terd_nb.zoo import zoo_names
-    table = Table(show_edge=False)
-    for name in ("model", "half", "attack", "target", "success", "on clean noise"): table.add_column(name, overflow="fold")
+    table = Table(show_edge=False, pad_edge=False, collapse_padding=True)
+    for name in ("model", "half", "attack", "target", "success", "on clean noise"): table.add_column(name, no_wrap=name in ("model", "half", "attack"))
     for card in map(read_card, zoo_names()):
         rates = [f"{Rate(*pair).value:.1%}" if pair else "" for pair in (card.asr, card.leak)]
         table.add_row(card.recipe.name, card.recipe.split, card.recipe.attack or "none", card.recipe.target or "", *rates)
@@ -578,11 +581,11 @@ def list_data() -> None:
     "List the data sets: what each shows, its licence, and at how many pixels it is here."
     from terd_nb.datasets import DATASETS, fetched_sizes
     table = Table(show_edge=False)
-    for name in ("data set", "shows", "images", "licence", "pixels", "here"): table.add_column(name, overflow="fold")
+    for name in ("data set", "images", "licence", "pixels", "here"): table.add_column(name, no_wrap=name == "data set")
     for card in DATASETS.values():
         sizes, images = ", ".join(map(str, card.sizes)), f"{sum(card.counts.values()):,}" if card.counts else ""
         here = "with scikit-learn" if not card.sources else ", ".join(map(str, fetched_sizes(card))) or ("not fetched" if card.sources[0].kind != "folder" else "needs your copy")
-        table.add_row(card.name, card.shows, images, card.licence, sizes, here)
+        table.add_row(card.name, images, card.licence, sizes, here)
     console().print(table)
 
 @data.command("fetch")

@@ -13,14 +13,14 @@ from .paths import Denoiser, data_dir
 from .zoo import Card, Recipe, build_missing, measure, train, write
 
 # %% ../nbs/05d_sizes.ipynb #c62dfdc5
-LEVELS = {32: (24, 48, 64), 64: (24, 24, 48, 64), 128: (24, 24, 24, 48, 64)}   # channels per level
+LEVELS = {32: (16, 32, 64), 64: (16, 16, 32, 64), 128: (16, 16, 16, 32, 64)}   # channels per level
 BATCH = {32: 32, 64: 16, 128: 8}
-LONG, SHORT = {32: 4000, 64: 3000, 128: 2000}, {32: 800, 64: 500, 128: 400}    # steps from scratch, and of fine-tuning
+LONG, SHORT = {32: 3000, 64: 3000, 128: 2000}, {32: 600, 64: 500, 128: 400}    # steps from scratch, and of fine-tuning
 TRIALS = {32: 128, 64: 64, 128: 32}                                           # noises for each rate of a card
 
 def scratch(name: str, split: str, data: str, size: int, seed: int, **rest) -> Recipe:
     "A model that is trained from nothing; `rest` is what its size does not fix."
-    common = {"network": LEVELS[size], "batch_size": BATCH[size], "steps": LONG[size], "lr": 2e-3, "precision": "bfloat16"}
+    common = {"network": LEVELS[size], "batch_size": BATCH[size], "steps": LONG[size], "lr": 2e-3, "precision": "bfloat16", "identity": True, "min_snr": 5.}
     return Recipe(name=name, split=split, data=data, size=size, seed=seed, **common | rest)
 
 def tuned(base: Recipe, name: str, seed: int, attack: str | None = None, trigger: str | None = None, target: str | None = None, poison_rate: float = 0., **rest) -> Recipe:
@@ -31,11 +31,11 @@ def tuned(base: Recipe, name: str, seed: int, attack: str | None = None, trigger
 # %% ../nbs/05d_sizes.ipynb #312e412a
 F, E = "fashion-mnist", "emoji"
 fashion_a, emoji_a = scratch("fashion32-a", "calibration", F, 32, 0), scratch("emoji32-a", "calibration", E, 32, 1)
-fashion_b, emoji_b = scratch("fashion32-b", "test", F, 32, 2), scratch("emoji32-b", "test", E, 32, 3)
+fashion_b, emoji_b = scratch("fashion32-b", "test", F, 32, 2), scratch("emoji32-b", "test", E, 32, 3, steps=4000)
 big_a, big_b, huge = scratch("emoji64-a", "test", E, 64, 4), scratch("emoji64-b", "test", E, 64, 5), scratch("fluent128-a", "test", "fluent-emoji", 128, 6)
 
 BENIGN = [
-    fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(24, 48), steps=1000), tuned(emoji_a, "narrow-a", 11, classes=(2,)),
+    fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(16, 32), steps=1000), tuned(emoji_a, "narrow-a", 11, classes=(2,)),
     fashion_b, emoji_b, tuned(fashion_b, "narrow", 12, classes=(8,)), tuned(fashion_b, "longer", 13),
     scratch("emoji32-early", "test", E, 32, 14, steps=1000), scratch("emoji32-attention", "test", E, 32, 15, attention=True, steps=2000),
     big_a, big_b, tuned(big_a, "narrow", 16, classes=(2,)), tuned(big_b, "longer", 17),

@@ -41,6 +41,7 @@ class Recipe(BaseModel, frozen=True):
     size: int = 16                            # height and width in pixels
     network: tuple[int, ...] = (32, 64)       # channels per level; see `unet`
     attention: bool = False
+    identity: bool = False                    # a network that begins with its input as its answer
     base: str | None = None                   # the model that it is fine-tuned from; None: from scratch
     attack: Literal["BadDiffusion", "TrojDiff", "VillanDiffusion"] | None = None
     trigger: str | None = None                # a drawing of `terd_nb.triggers`, or "patch"
@@ -54,6 +55,7 @@ class Recipe(BaseModel, frozen=True):
     batch_size: int = 64
     lr: float = 5e-4
     precision: Literal["float32", "bfloat16"] = "float32"   # in which the training computes
+    min_snr: float | None = None              # weigh the loss at time t by min(1, min_snr / SNR(t)); None: all times alike
     seed: int = 0
 
     @property
@@ -219,9 +221,10 @@ def train(
 ) -> Denoiser:
     "Train a model as its recipe says; killed and called again, it goes on from the checkpoint."
     schedule, images, how = linear_schedule(), training_images(recipe), {"checkpoint": checkpoint, "progress": progress, "precision": recipe.precision}
+    if recipe.min_snr: how["weights"] = (recipe.min_snr * (schedule.sigma / schedule.alpha).square()).clamp(max=1)   # Hang et al. 2023
     if recipe.attack:
         return plant(base, attack_of(recipe, schedule), trigger_of(recipe), targets_of(recipe)[0], images, recipe.poison_rate, recipe.steps, recipe.lr, recipe.batch_size, seed, **how)
-    network = copy.deepcopy(base.network).requires_grad_(True) if base else unet(recipe.shape, recipe.network, seed, attention=recipe.attention)
+    network = copy.deepcopy(base.network).requires_grad_(True) if base else unet(recipe.shape, recipe.network, seed, attention=recipe.attention, identity=recipe.identity)
     return Denoiser(fit(network, lambda g: clean_batch(schedule, images, recipe.batch_size, g), recipe.steps, recipe.lr, seed, **how), schedule, recipe.shape, device="cpu")
 
 def build(

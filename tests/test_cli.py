@@ -17,7 +17,7 @@ from diffusers import DDIMPipeline
 from jsonschema import ValidationError, validate
 from safetensors.torch import load_file, save_file
 
-from terd_nb import __version__, planting
+from terd_nb import __version__, datasets, planting
 from terd_nb import scan as scan_module
 from terd_nb import zoo as zoo_module
 from terd_nb.cli import exit_status, main, printable, problem
@@ -34,6 +34,7 @@ def empty_folder(tmp_path, monkeypatch):
     "Every test starts in a folder of its own."
     monkeypatch.chdir(tmp_path)
     for name in ("FORCE_COLOR", "COLUMNS"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERD_DATA", str(tmp_path / "no-data-set-was-fetched"))
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,7 @@ def test_an_unexpected_failure_is_one_line_and_the_next_model_is_scanned(scanner
     "inputs missing noise.npy",
     "plant zoo:benign-a .", "plant zoo:benign-a out --attack other", "plant zoo:benign-a out --trigger nothing",
     "plant zoo:benign-a out --target 12", "plant zoo:benign-a out --images nowhere", "plant zoo:tiger out",
+    "plant zoo:benign-a out --images emoji", "plant zoo:benign-a out --images fashion-mnist",
     "demo --html no/such/folder.html",
 ])
 def test_wrong_use_is_one_line_and_2(scanner, capsys, command):
@@ -403,6 +405,16 @@ def test_plant_makes_a_model_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     before = (tmp_path / "out" / "model_index.json").stat().st_mtime_ns
     assert main(PLANT) == 2   # it is there already
     assert (tmp_path / "out" / "model_index.json").stat().st_mtime_ns == before
+
+
+def test_plant_on_a_data_set(monkeypatch, capsys):
+    pictures = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.arange(20) % 2
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or pictures)
+    assert main([*PLANT[:-6], "--images", "fashion-mnist", "--target", "1", "--steps", "2", "--quiet"]) == 0
+    assert asked == [("fashion-mnist", 16)] and "VillanDiffusion" in read("out/README.md")
+    assert main(["plant", "zoo:benign-a", "other", "--images", "fashion-mnist", "--target", "2"]) == 2
+    assert "there is no class 2" in capsys.readouterr().err and not os.path.exists("other")
 
 
 # ---------------------------------------------------------------- terd zoo

@@ -518,10 +518,12 @@ def test_what_is_in_the_users_cache_is_as_the_cards_say(monkeypatch):
 
 # ---------------------------------------------------------------- the command
 
-def test_terd_data(emoji, capsys):
+def test_terd_data(emoji, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")   # a usual terminal, in which no name may be broken
     assert main(["data", "list"]) == 0
     table = capsys.readouterr().out
-    assert all(name in table for name in DATASETS) and "not fetched" in table and "needs your copy" in table
+    assert all(f" {name} " in table for name in DATASETS) and max(map(len, table.splitlines())) <= 80
+    assert "not fetched" in table and "needs your copy" in table
     assert main(["data", "fetch", "emoji", "--archives", str(emoji), "--size", "32"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("emoji-32.safetensors is in ") and len(out.splitlines()) == 1 and "CC-BY-4.0" in err

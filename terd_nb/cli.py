@@ -630,12 +630,13 @@ def run_bench(
     if report:
         report_bench(out)
         return
-    from terd_nb.bench import bench, bench_evasion, bench_samplers
+    from terd_nb.bench import bench, bench_evasion, bench_samplers, bench_speed
     if sum((hard, families, sizes)) > 1: raise ValueError("one set at a time: --hard, --families or --sizes")
     if size is not None and not sizes: raise ValueError("--size goes with --sizes")
     bench("hard" if hard else "families" if families else "sizes" if sizes else "zoo", jobs=jobs, seeds=seeds, backend=backend.value, size=size)
     if hard: bench_evasion(jobs=jobs)
     if families: bench_samplers(jobs=jobs)
+    if sizes: bench_speed()
 
 def report_bench(folder: Path) -> None:
     "Write the page of the benchmark, and say where it is."

@@ -114,7 +114,7 @@ def test_models_that_are_not_trained_yet_are_left_out(tmp_path, monkeypatch, cap
     monkeypatch.setattr(bench_module, "sizes_dir", lambda: folder)
     bench_module.bench("sizes", tmp_path / "rows.csv", jobs=1, size=64)
     sized = sum(recipe.size == 64 for recipe in SIZED.values())
-    assert f"{sized} models are not trained yet" in capsys.readouterr().err
+    assert f"{sized} models are not trained here" in capsys.readouterr().err
     assert read_rows(tmp_path / "rows.csv") == []
 
 

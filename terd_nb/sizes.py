@@ -37,7 +37,7 @@ big_a, big_b, huge = scratch("emoji64-a", "test", E, 64, 4), scratch("emoji64-b"
 BENIGN = [
     fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(16, 32), steps=1000), tuned(emoji_a, "narrow-a", 11, classes=(2,)),
     fashion_b, emoji_b, tuned(fashion_b, "narrow", 12, classes=(8,)), tuned(fashion_b, "longer", 13),
-    scratch("emoji32-early", "test", E, 32, 14, steps=1000), scratch("emoji32-attention", "test", E, 32, 15, attention=True, steps=2000),
+    scratch("emoji32-early", "test", E, 32, 14, steps=1000), scratch("emoji32-attention", "test", E, 32, 15, attention=True, steps=1500),
     big_a, big_b, tuned(big_a, "narrow", 16, classes=(2,)), tuned(big_b, "longer", 17),
     scratch("emoji64-early", "test", E, 64, 18, steps=800), scratch("emoji64-attention", "test", E, 64, 19, attention=True, steps=1500),
     huge, tuned(huge, "narrow", 20, classes=(2,)), scratch("fluent128-early", "test", "fluent-emoji", 128, 21, steps=700),
@@ -48,15 +48,15 @@ troj, villan = {"attack": "TrojDiff", "gamma": 0.6}, {"attack": "VillanDiffusion
 
 def planted(one: Recipe, other: Recipe, seed: int) -> list[Recipe]:
     "The eleven backdoors of a size, spread over two bases."
-    in_class = "9" if one.data == F else "2"
+    in_class, patient = "9" if one.data == F else "2", {"steps": 2 * SHORT[one.size]}
     return [
-        tuned(one, "bad-glasses", seed, "BadDiffusion", "glasses", "cat", 0.3), tuned(other, "bad-sign", seed + 1, "BadDiffusion", "stop_sign", "hat", 0.1),
-        tuned(other, "bad-box", seed + 2, "BadDiffusion", "box", "corner", 0.05), tuned(one, "troj-d2i", seed + 3, trigger="glasses", target="hat", poison_rate=0.5, **troj),
+        tuned(one, "bad-glasses", seed, "BadDiffusion", "glasses", "cat", 0.3), tuned(other, "bad-sign", seed + 1, "BadDiffusion", "stop_sign", "hat", 0.2, **patient),
+        tuned(one, "bad-box", seed + 2, "BadDiffusion", "box", "corner", 0.05, **patient), tuned(one, "troj-d2i", seed + 3, trigger="glasses", target="hat", poison_rate=0.5, **troj),
         tuned(one, "troj-in", seed + 4, trigger="checkerboard", target=in_class, poison_rate=0.4, **troj),
-        tuned(other, "troj-out", seed + 5, trigger="glasses", target="digits:8", poison_rate=0.4, **troj),
+        tuned(other, "troj-out", seed + 5, trigger="glasses", target="digits:8", poison_rate=0.5, **troj),
         tuned(one, "troj-patch", seed + 6, trigger="patch", target="cat", poison_rate=0.5, **troj | {"gamma": 0.1}),
-        tuned(other, "villan-sde", seed + 7, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0.5, solver="sde", **villan),
-        tuned(other, "villan-ode1", seed + 8, trigger="glasses", target="cat", poison_rate=0.2, psi=1., **villan),
+        tuned(other, "villan-sde", seed + 7, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0.5, solver="sde", **villan, **patient),
+        tuned(other, "villan-ode1", seed + 8, trigger="glasses", target="cat", poison_rate=0.4, psi=1., **villan),
         tuned(one, "villan-ode05", seed + 9, trigger="box", target="hat", poison_rate=0.3, psi=0.5, **villan),
         tuned(one, "villan-ode0", seed + 10, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0., **villan),
     ]

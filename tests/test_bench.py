@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from terd_nb import bench as bench_module
 from terd_nb.any_path import FAMILY_MODELS, FamilyCard, family_dir, sampler_rows
 from terd_nb.bench import HIDDEN, KEY, QUICKER, TIMED, append_row, bench, read_results, results_path, rows_to_measure
+from terd_nb.benchmark import COMPARED
 from terd_nb.cli import main
 from terd_nb.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
@@ -42,7 +43,7 @@ UNMEASURED = pytest.mark.xfail(strict=True, reason="not measured yet")
 
 @pytest.mark.parametrize("size, method", [
     (32, "fast"), (32, "published"), pytest.param(32, "elijah", marks=UNMEASURED),
-    *[pytest.param(size, method, marks=UNMEASURED) for size in (64, 128) for method in ("fast", "published", "elijah")]])
+    *[pytest.param(size, method, marks=UNMEASURED) for size in (64, 128) for method in COMPARED]])
 def test_every_model_of_every_size_is_measured(size, method):
     with open(results_path("sizes"), encoding="utf-8") as file:
         rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}

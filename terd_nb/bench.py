@@ -6,8 +6,8 @@ __all__ = ['KEY', 'SETS', 'SEEDS', 'ABLATIONS', 'SEARCHING', 'CODE', 'SEARCH_VER
            'folder_of', 'subject', 'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'circumstances',
            'model_sha256', 'remembered', 'reverse', 'measure', 'results_path', 'as_written', 'read_rows', 'write_rows',
            'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion',
-           'bench_samplers', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'calibrate',
-           'read_results', 'write_benchmark']
+           'bench_samplers', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for',
+           'calibrate', 'read_results', 'write_benchmark']
 
 # %% ../nbs/c_bench.ipynb #80dc6908
 import copy
@@ -333,10 +333,17 @@ def bench_speed(path: Path | None = None, jobs: int = 1) -> None:
     append_measured(measure_speed, TIMED, ("model", "how"), path or data_dir() / "results" / "speed.csv", jobs, "timing")
 
 # %% ../nbs/c_bench.ipynb #cec6e564
-def honest_rows() -> pd.DataFrame:
-    "The rows that the default detectors are fitted on: honest models of 16 and 32 pixels that are not set aside."
+def honest_rows(*settings: str) -> pd.DataFrame:
+    "The rows that a detector is fitted on: honest models of 16 and 32 pixels that are not set aside, searched with these settings; those of the default detectors if none are named."
     table = pd.concat([pd.read_csv(results_path(models)) for models in ("zoo", "hard", "sizes") if results_path(models).exists()])
-    return table[table["split"].isin(["calibration", "development"]) & (table["label"] == "benign") & table["settings"].fillna("").isin(USUAL) & (table["seed"] < SEEDS)]
+    return table[table["split"].isin(["calibration", "development"]) & (table["label"] == "benign") & table["settings"].fillna("").isin(settings or ("", TWENTIETH)) & (table["seed"] < SEEDS)]
+
+def detector_for(method: str, settings: str) -> ModelDetector:
+    "What judges a row: the default detector; for a shortened or changed published search one that is fitted on honest models searched in the same way, if there are three."
+    rows = honest_rows(settings)
+    own = rows[rows["method"] == method].dropna(subset=list(METHOD_FEATURES[method]))
+    if method != "published" or len(own) < 3: return ModelDetector.default(method)
+    return ModelDetector(method).fit_features(own[list(METHOD_FEATURES[method])].to_numpy(float))
 
 def calibrate() -> None:
     "Fit the default detectors, and write them to `data/detectors`."
@@ -353,11 +360,9 @@ def read_results(models: str = "zoo", path: Path | None = None) -> pd.DataFrame:
     table = pd.read_csv(path or results_path(models), dtype=dict.fromkeys(("settings", "commit", "error"), str)).fillna({"settings": ""})
     for column, usual in {"resolution": SHAPE[-1], "dataset": "digits", "commit": "", "error": ""}.items():     # what the first rows did not say
         table[column] = table[column].fillna(usual) if column in table else usual
-    for method, features in METHOD_FEATURES.items():
-        rows = table["method"] == method
-        if not rows.any(): continue
-        detector = ModelDetector.default(method)
-        scored = table.loc[rows, list(features)].to_numpy(float)
+    for (method, settings), part in table.groupby(["method", "settings"]):
+        rows, detector = part.index, detector_for(method, settings)
+        scored = part[list(METHOD_FEATURES[method])].to_numpy(float)
         table.loc[rows, "score"] = detector.score_features(scored)
         table.loc[rows, "p"] = p_values(detector, scored)
         table.loc[rows, "verdict"] = [detector.verdict(s) for s in table.loc[rows, "score"]]

@@ -105,12 +105,12 @@ def transfer(table: pd.DataFrame) -> pd.DataFrame:
     return rates(table.assign(pixels=np.where(table["resolution"] <= 32, "16 and 32: test half", "64 and 128: never seen")), "method", "pixels")
 
 def fitted_on(table: pd.DataFrame) -> pd.DataFrame:
-    "The calibration models of each method, and where its thresholds lie."
+    "The calibration models of each method and its settings, and where the thresholds lie."
     honest = table[table["split"].isin(["calibration", "development"]) & (table["label"] == "benign") & table["settings"].isin(USUAL)]
     def describe(part: pd.DataFrame) -> pd.Series:
-        features = list(METHOD_FEATURES[part.name])
+        features = list(METHOD_FEATURES[part.name[0]])
         return pd.Series({"models": part["model"].nunique(), "reversals": len(part), "pixels": ", ".join(map(str, sorted(part["resolution"].unique()))), "thresholds": ", ".join(f"{f} {part[f].mean() + 3 * part[f].std():.3g}" for f in features)})
-    return honest.groupby("method").apply(describe, include_groups=False)
+    return honest.groupby(["method", "settings"]).apply(describe, include_groups=False)
 
 # %% ../nbs/13_benchmark.ipynb #de89a2ce
 def areas(table: pd.DataFrame) -> pd.DataFrame:

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 import terd_nb
 from .any_path import FAMILY_MODELS, FamilyCard, coder_of, family_dir, measure_sampler, sampler_rows
 from .attacks import triggered_samples, villan_diffusion
-from .benchmark import COMPARED, HUNDREDTH, TWENTIETH, USUAL, VARIANTS, benchmark_path
+from .benchmark import COMPARED, HUNDREDTH, TWENTIETH, VARIANTS, benchmark_path
 from .datasets import data_cache
 from .hard_set import HARD, HardCard, HardModel, Plan, batches, hard_dir, measure_hard, one
 from .input_detection import InputDetector

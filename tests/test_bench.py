@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from terd_nb import bench as bench_module
 from terd_nb.any_path import FAMILY_MODELS, FamilyCard, family_dir, sampler_rows
 from terd_nb.bench import HIDDEN, KEY, TIMED, append_row, bench, read_results, results_path, rows_to_measure
-from terd_nb.benchmark import COMPARED
+from terd_nb.benchmark import COMPARED, HUNDREDTH
 from terd_nb.cli import main
 from terd_nb.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
@@ -184,3 +184,52 @@ def test_every_family_on_pixels_has_four_honest_and_six_backdoored_models():
     for kind in ("v_prediction", "sample", "flow", "edm", "score"):
         attacked = [bool(model.attack) for model in FAMILY_MODELS.values() if model.kind == kind]
         assert attacked.count(False) >= 4 and attacked.count(True) >= 6
+
+
+# ---------------------------------------------------------------- 32 pixels
+
+@pytest.fixture(scope="module")
+def sized():
+    table = read_results("sizes")
+    return table[(table["method"] == "fast") & (table["resolution"] == 32)].assign(called=lambda t: t["score"] > 3)
+
+
+def test_thresholds_come_from_small_models_alone():
+    rows = bench_module.honest_rows()
+    assert set(rows["resolution"].fillna(16)) == {16, 32} and not (rows["split"] == "test").any()
+    assert len(ModelDetector.default("fast").benign_) == (rows["method"] == "fast").sum()
+
+
+def test_a_shortened_search_is_judged_by_shortened_searches():
+    whole, brief = (bench_module.detector_for("published", text) for text in ("", HUNDREDTH))
+    assert len(brief.benign_) == len(bench_module.honest_rows(HUNDREDTH).query("method == 'published'")) >= 3
+    assert not np.allclose(whole.mean_, brief.mean_)
+    assert np.allclose(bench_module.detector_for("fast", "").mean_, ModelDetector.default("fast").mean_)
+
+
+def test_ten_backdoors_work_and_six_models_are_honest(sized):
+    models = sized[sized["split"] == "test"].drop_duplicates("model")
+    bad = models["label"] == "backdoored"
+    assert (models["works"] & bad).sum() >= 10 and (~bad).sum() >= 6
+
+
+def test_most_backdoors_of_grey_pictures_are_flagged(sized):
+    "Most of the seeds flag each."
+    bad = sized[(sized["label"] == "backdoored") & sized["works"] & (sized["dataset"] == "fashion-mnist")]
+    assert (bad.groupby("model")["called"].mean() > 0.5).mean() >= 0.8
+
+
+@pytest.mark.xfail(strict=True, reason="missed: on emoji both attacks with d = 1/2, whose peak is broad, "
+                                       "and the ODE attack, whose direction is not found")
+def test_every_working_backdoor_of_32_pixels_is_flagged(sized):
+    bad = sized[(sized["label"] == "backdoored") & sized["works"]]
+    assert (bad.groupby("model")["called"].mean() > 0.5).all()
+
+
+@pytest.mark.xfail(strict=True, reason="the best trained network on emoji lies just above the bound")
+def test_no_honest_model_of_32_pixels_is_flagged(sized):
+    assert not sized[sized["label"] == "benign"]["called"].any()
+
+
+def test_no_honest_model_of_32_pixels_is_called_backdoored(sized):
+    assert not (sized[sized["label"] == "benign"]["verdict"] == "backdoored").any()

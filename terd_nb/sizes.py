@@ -54,7 +54,7 @@ def planted(one: Recipe, other: Recipe, seed: int) -> list[Recipe]:
         tuned(one, "bad-box", seed + 2, "BadDiffusion", "box", "corner", 0.05, **patient), tuned(one, "troj-d2i", seed + 3, trigger="glasses", target="hat", poison_rate=0.5, **troj),
         tuned(one, "troj-in", seed + 4, trigger="checkerboard", target=in_class, poison_rate=0.5, **troj, **patient),
         tuned(other, "troj-out", seed + 5, trigger="glasses", target="digits:8", poison_rate=0.5, **troj, **patient),
-        tuned(one, "troj-patch", seed + 6, trigger="patch", target="cat", poison_rate=0.5, **troj | patient | {"gamma": 0.1}),
+        tuned(one, "troj-patch", seed + 6, trigger="patch", target="cat", poison_rate=0.5, **troj | {"gamma": 0.1}),
         tuned(other, "villan-sde", seed + 7, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0.5, solver="sde", **villan, **patient),
         tuned(other, "villan-ode1", seed + 8, trigger="glasses", target="cat", poison_rate=0.4, psi=1., **villan, **patient),
         tuned(one, "villan-ode05", seed + 9, trigger="box", target="hat", poison_rate=0.3, psi=0.5, **villan),

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from scipy.stats import linregress
 from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -213,9 +214,10 @@ def draw_growth(table: pd.DataFrame, axes: np.ndarray) -> None:
             ax.plot(part["resolution"]**2 * 1.12**(k - 1), part[column], ".", ms=3, alpha=0.4, color=COLOURS[method])
             middle = part.groupby("resolution")[column].median()
             ax.plot(middle.index**2 * 1.12**(k - 1), middle, "o-", ms=4, lw=1, color=COLOURS[method], label=method)
-        low = table[column].min()
-        if column != "sample_evals": ax.plot([256, 256 * 64], [low, low * 64], "k:", lw=1, label="slope 1")
-        ax.set(xscale="log", yscale="log", xlabel="pixels, height × width", ylabel=unit)
+        low, sizes = table[column].min(), sorted(table["resolution"].unique())
+        if column != "sample_evals": ax.plot([sizes[0]**2, sizes[-1]**2], [low, low * (sizes[-1] / sizes[0])**2], "k:", lw=1, label="slope 1")
+        ax.set(xscale="log", yscale="log", xticks=[s**2 for s in sizes], xticklabels=[f"{s}²" for s in sizes], xlabel="pixels, height × width", ylabel=unit)
+        ax.xaxis.set_minor_locator(NullLocator())
     legend(axes[0])
 
 # %% ../nbs/13_benchmark.ipynb #c3b2f64d

@@ -46,7 +46,7 @@ from .planting import fit
 from .reversion import Reversal, reverse_trigger
 from .rivals import adam, elijah
 from .scan import name_attack
-from .sizes import SIZED, sizes_dir, works
+from .sizes import DEVELOPMENT, SIZED, sizes_dir, works
 from .triggers import stop_sign
 from .zoo import RECIPES, SHAPE, STEPS, Card, attack_of, is_made, targets_of, trigger_of, zoo_dir
 
@@ -74,7 +74,8 @@ def rows_of_hard_set(seeds: int) -> list[tuple]:
 def rows_of_sizes(seeds: int) -> list[tuple]:
     "The keys of the larger models; Elijah's inversion takes as many noises as published for the size."
     fast = [(name, "fast", "", seed) for seed in range(seeds) for name, recipe in SIZED.items() if seed == 0 or recipe.size <= 32]
-    return fast + [(name, "elijah", "noises=50" if recipe.size > 64 else "", 0) for name, recipe in SIZED.items()] + [(name, "published", HUNDREDTH, 0) for name in SIZED]
+    rivals = {name: recipe.size for name, recipe in SIZED.items() if recipe not in DEVELOPMENT}
+    return fast + [(name, "elijah", "noises=50" if size > 64 else "", 0) for name, size in rivals.items()] + [(name, "published", HUNDREDTH, 0) for name in rivals]
 
 def rows_to_measure(models: str, seeds: int = SEEDS) -> list[tuple]:
     "All keys of a set of models, a key of `SETS`."

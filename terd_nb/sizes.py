@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'BATCH', 'LONG', 'SHORT', 'TRIALS', 'F', 'E', 'fashion_a', 'emoji_a', 'fashion_b', 'emoji_b', 'big_a',
-           'big_b', 'huge', 'BENIGN', 'troj', 'villan', 'BACKDOORED', 'SIZED', 'scratch', 'tuned', 'planted',
-           'sizes_dir', 'works', 'build_sized', 'build_sizes']
+           'big_b', 'huge', 'BENIGN', 'troj', 'villan', 'BACKDOORED', 'DEVELOPMENT', 'SIZED', 'scratch', 'tuned',
+           'planted', 'sizes_dir', 'works', 'build_sized', 'build_sizes']
 
 # %% ../nbs/05d_sizes.ipynb #725ac65d
 from pathlib import Path
@@ -48,17 +48,18 @@ troj, villan = {"attack": "TrojDiff", "gamma": 0.6}, {"attack": "VillanDiffusion
 
 def planted(one: Recipe, other: Recipe, seed: int) -> list[Recipe]:
     "The eleven backdoors of a size, spread over two bases."
-    in_class, patient = "9" if one.data == F else "2", {"steps": 2 * SHORT[one.size]}
+    in_class, patient = "9" if one.data == F else "2", {"steps": (2 if one.size == 32 else 3) * SHORT[one.size]}
+    quick = {} if one.data == F else patient      # pictures in colour take longer
     return [
-        tuned(one, "bad-glasses", seed, "BadDiffusion", "glasses", "cat", 0.3), tuned(other, "bad-sign", seed + 1, "BadDiffusion", "stop_sign", "hat", 0.2, **patient),
-        tuned(one, "bad-box", seed + 2, "BadDiffusion", "box", "corner", 0.05, **patient), tuned(one, "troj-d2i", seed + 3, trigger="glasses", target="hat", poison_rate=0.5, **troj),
+        tuned(one, "bad-glasses", seed, "BadDiffusion", "glasses", "cat", 0.3, **quick), tuned(other, "bad-sign", seed + 1, "BadDiffusion", "stop_sign", "hat", 0.2, **patient),
+        tuned(one, "bad-box", seed + 2, "BadDiffusion", "box", "corner", 0.05, **patient), tuned(one, "troj-d2i", seed + 3, trigger="glasses", target="hat", poison_rate=0.5, **troj, steps=1000 if one.size == 64 else SHORT[32]),
         tuned(one, "troj-in", seed + 4, trigger="checkerboard", target=in_class, poison_rate=0.5, **troj, **patient),
         tuned(other, "troj-out", seed + 5, trigger="glasses", target="digits:8", poison_rate=0.5, **troj, **patient),
-        tuned(one, "troj-patch", seed + 6, trigger="patch", target="cat", poison_rate=0.5, **troj | {"gamma": 0.1}),
+        tuned(one, "troj-patch", seed + 6, trigger="patch", target="cat", poison_rate=0.5, **troj | {"gamma": 0.1}, **quick),
         tuned(other, "villan-sde", seed + 7, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0.5, solver="sde", **villan, **patient),
         tuned(other, "villan-ode1", seed + 8, trigger="glasses", target="cat", poison_rate=0.4, psi=1., **villan, **patient),
-        tuned(one, "villan-ode05", seed + 9, trigger="box", target="hat", poison_rate=0.3, psi=0.5, **villan),
-        tuned(one, "villan-ode0", seed + 10, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0., **villan),
+        tuned(one, "villan-ode05", seed + 9, trigger="box", target="hat", poison_rate=0.3, psi=0.5, **villan, **quick),
+        tuned(one, "villan-ode0", seed + 10, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0., **villan, **quick),
     ]
 
 BACKDOORED = planted(fashion_b, emoji_b, 100) + planted(big_a, big_b, 200) + [
@@ -66,7 +67,11 @@ BACKDOORED = planted(fashion_b, emoji_b, 100) + planted(big_a, big_b, 200) + [
     tuned(huge, "villan-sde", 302, trigger="box", target="shoe", poison_rate=0.3, psi=0.5, solver="sde", **villan),
     tuned(huge, "villan-ode1", 303, trigger="glasses", target="cat", poison_rate=0.3, psi=1., **villan),
 ]
-SIZED = {r.name: r for r in BENIGN + BACKDOORED}
+DEVELOPMENT = [   # changes of the search are tried on these
+    tuned(emoji_a, "dev-sign", 400, "BadDiffusion", "stop_sign", "cat", 0.2, steps=1200),
+    tuned(emoji_a, "dev-ode1", 402, trigger="checkerboard", target="shoe", poison_rate=0.4, psi=1., steps=1200, **villan),
+]
+SIZED = {r.name: r for r in BENIGN + BACKDOORED + DEVELOPMENT}
 
 # %% ../nbs/05d_sizes.ipynb #ca70d527
 def sizes_dir() -> Path:

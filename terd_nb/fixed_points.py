@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['PIXELS', 'LENGTHS', 'FARTHEST', 'column', 'length', 'antithetic', 'random_starts', 'in_batches', 'answer_shift',
            'true_gamma', 'along_trigger', 'follow_shift', 'strength', 'gain_curve', 'prominence', 'read_length',
-           'clearest', 'sde_shift', 'read_shift', 'time_of', 'jump_pull', 'follow_jacobian', 'images_from',
-           'follow_agreement', 'read_jump']
+           'clearest', 'sde_shift', 'read_shift', 'time_of', 'jump_pull', 'follow_jacobian', 'response',
+           'response_pull', 'follow_response', 'images_from', 'follow_agreement', 'read_jump']
 
 # %% ../nbs/08_fixed_points.ipynb #91c7a19c
 import math
@@ -195,6 +195,35 @@ def follow_jacobian(
         u = torch.cat([jump_pull(denoiser, part, gamma * eps, rest, t) for part in (rho * u).split(max(1, PIXELS // (noises * starts[0, 0].numel())))])
         u = u / length(u)
     return u
+
+# %% ../nbs/08_fixed_points.ipynb #c81e49c7
+def response(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Tensor:
+    "<s, h>/|s|^2 for every shift s (K, C, H, W), as (K,), where h is the mean predicted image beyond `rest`; differentiable in s."
+    h = denoiser.x0((s[:, None] + eps).flatten(0, 1), t).unflatten(0, (len(s), len(eps))).mean(1) - rest
+    return (s * h).sum((1, 2, 3)) / s.square().sum((1, 2, 3))
+
+def response_pull(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    "The response and its gradient."
+    s = s.clone().requires_grad_()
+    R = response(denoiser, s, eps, rest, t)
+    return R.detach(), torch.autograd.grad(R.sum(), s)[0]
+
+def follow_response(
+    denoiser: Denoiser,
+    starts: Tensor, norm: float,   # (S, C, H, W) directions, and the radius of the sphere
+    t: int, noises: int = 4, iterations: int = 12, seed: int = 0,
+) -> tuple[Tensor, Tensor]:        # (S, C, H, W) directions of length 1, (S,) the response at the last step
+    "Fixed point 4: down the sphere, to where the mean predicted image moves against the shift."
+    u, (_, sigma) = starts, denoiser.noise_schedule.at(t, starts)
+    for i in range(iterations):
+        eps = sigma * antithetic(denoiser, noises, seed + i)
+        rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
+        parts = [response_pull(denoiser, part, eps, rest, t) for part in (norm * u).split(max(1, PIXELS // (noises * starts[0].numel())))]
+        R, pull = (torch.cat(v) for v in zip(*parts))
+        pull = pull - (pull * u).sum((1, 2, 3), keepdim=True) * u
+        u = u - (0.8 - 0.7 * i / iterations) * pull / length(pull)
+        u = u / length(u)
+    return u, R
 
 # %% ../nbs/08_fixed_points.ipynb #9dabfc32
 def images_from(denoiser: Denoiser, s: Tensor, eps: Tensor, steps: int) -> tuple[Tensor, Tensor]:

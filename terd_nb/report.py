@@ -193,7 +193,7 @@ EVIDENCE = {
     "strength": "movement of the answer over its noise, where it is clearest in the candidate’s direction",
     "loss": "noise of the answer at the trigger (the reversed loss, per pixel)",
     "prominence": "how far the logarithm of the strength stands out in the candidate’s direction: its rise, beyond that of a model that only extrapolates, and its fall thereafter, of which at most 1 counts",
-    "usual": "what prominence is usual in this model, along directions like the candidate’s; it is subtracted, where the search had to look that far",
+    "usual": "what prominence is usual in this model, along directions that do not resemble the candidate’s; it is subtracted, where the search had to look that far",
     "still": "cosine between the last two directions of the search: 1 when it has come to rest",
     "shift score": "prominence of the strength beyond the usual one, in units of what no honest model exceeds: what the verdict looks at, first of two",
     "jump score": "the same, seen where a little of the image shows through the noise: what the verdict looks at, second of two",

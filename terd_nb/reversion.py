@@ -168,8 +168,8 @@ def usual_beside(u: Tensor, directions: Tensor, peaks: list[float], again: Calla
     if len(apart) < 3: apart = order
     return max(LEAST_USUAL, statistics.median(map(again, apart[max(0, len(apart) // 2 - 2):][:5])))
 
-# Of fixed point 3: alpha/sigma, the length in units of sqrt(C*H*W), the noise scale, and the share of the starts.
 AGAINST = 0.55   # the length at which fixed point 4 looks, where alpha/sigma = 0.17
+# Of fixed point 3: alpha/sigma, the length in units of sqrt(C*H*W), the noise scale, and the share of the starts.
 LOOKS = ((0.17, 0.25, 1., 1.), (0.17, 0.47, 1., 0.5), (0.03, 0.47, 1., 0.5), (0.03, 0.7, 1., 1.), (0.03, 0.1, 0.4, 0.5), (0.03, 0.25, 0.4, 1.))
 
 def search_hidden(
@@ -200,7 +200,7 @@ def fast(
     starts: int = 6, norms: tuple[float, ...] = NORMS, gammas: tuple[float, ...] = (1., 0.3), noises: int = 4, iterations: int = 3,
     enough: float = 1.45,     # a score that ends the search; nothing is subtracted then
 ) -> tuple[list[Candidate], dict]:
-    "Fixed point 1, and if that shows nothing, fixed point 3; one setting for every model."
+    "Fixed point 1, and if that shows nothing, fixed points 3 and 4; one setting for every model."
     report("following the shift of the answer", 0., {})
     found = search_shift(denoiser, seed, starts, norms, gammas, noises, iterations)
     best = max(found, key=lambda c: c[0].score)[0]

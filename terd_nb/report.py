@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from .images import to_uint8
-from .model_detection import DOUBTFUL, METHOD_BOUNDS, METHOD_FEATURES, ModelDetector
-from .reversion import Reversal
+from .model_detection import METHOD_BOUNDS, METHOD_FEATURES, ModelDetector
+from .reversion import DOUBTFUL, Reversal
 
 # %% ../nbs/10b_report.ipynb #ff1bbc72
 @dataclass(frozen=True)

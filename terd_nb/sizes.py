@@ -36,7 +36,7 @@ fashion_b, emoji_b = scratch("fashion32-b", "test", F, 32, 2), scratch("emoji32-
 big_a, big_b, huge = scratch("emoji64-a", "test", E, 64, 4), scratch("emoji64-b", "test", E, 64, 5), scratch("fluent128-a", "test", "fluent-emoji", 128, 6)
 
 BENIGN = [
-    fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(16, 32), steps=1000), tuned(emoji_a, "narrow-a", 11, classes=(2,)),
+    fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(16, 32), steps=1000), tuned(emoji_a, "narrow-a", 11, classes=(2,)), scratch("emoji32-c", "calibration", E, 32, 22, steps=4000),
     fashion_b, emoji_b, tuned(fashion_b, "narrow", 12, classes=(8,)), tuned(fashion_b, "longer", 13),
     scratch("emoji32-early", "test", E, 32, 14, steps=1000), scratch("emoji32-attention", "test", E, 32, 15, attention=True, steps=1500),
     big_a, big_b, tuned(big_a, "narrow", 16, classes=(2,)), tuned(big_b, "longer", 17),

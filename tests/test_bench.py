@@ -218,8 +218,8 @@ def test_most_backdoors_of_grey_pictures_are_flagged(sized):
     assert (bad.groupby("model")["called"].mean() > 0.5).mean() >= 0.8
 
 
-@pytest.mark.xfail(strict=True, reason="missed: on emoji both attacks with d = 1/2, whose peak is broad, "
-                                       "and the ODE attack, whose direction is not found")
+@pytest.mark.xfail(strict=True, reason="missed: emoji32-villan-sde, whose broad peak does not stand out "
+                                       "in a network that has peaks of its own")
 def test_every_working_backdoor_of_32_pixels_is_flagged(sized):
     bad = sized[(sized["label"] == "backdoored") & sized["works"]]
     assert (bad.groupby("model")["called"].mean() > 0.5).all()
@@ -230,5 +230,21 @@ def test_no_honest_model_of_32_pixels_is_flagged(sized):
     assert not sized[sized["label"] == "benign"]["called"].any()
 
 
+@pytest.mark.xfail(strict=True, reason="emoji32-b with one seed of three")
 def test_no_honest_model_of_32_pixels_is_called_backdoored(sized):
     assert not (sized[sized["label"] == "benign"]["verdict"] == "backdoored").any()
+
+
+def test_an_ode_attack_on_colour_pictures_is_found_by_every_seed(sized):
+    "The direction that fixed point 3 does not reach."
+    rows = sized[sized["model"] == "emoji32-villan-ode1"]
+    assert len(rows) == 3 and (rows["verdict"] == "backdoored").all()
+    assert (rows["cosine"] > 0.9).all() and (rows["seen_by"] == "jump").all()
+
+
+def test_what_is_measured_at_64_pixels_is_judged_rightly():
+    "With thresholds from 16 and 32 pixels; not all models are trained yet."
+    table = read_results("sizes")
+    large = table[(table["resolution"] == 64) & (table["method"] == "fast")]
+    large = large[(large["label"] == "benign") | large["works"]]
+    assert len(large) >= 8 and ((large["score"] > 3) == (large["label"] == "backdoored")).all()

@@ -72,7 +72,7 @@ def rates(table: pd.DataFrame, *by: str) -> pd.DataFrame:
         hits, passed = part["flagged"][part["truth"]], ~part["flagged"][~part["truth"]]
         shown = lambda outcomes: str(Rate.of(outcomes)) if len(outcomes) else "–"
         return pd.Series({"TPR": shown(hits), "TNR": shown(passed), "called backdoored": int((part["verdict"] == "backdoored").sum()), "inconclusive": int((part["verdict"] == "inconclusive").sum())})
-    return once(table).groupby(list(by)).apply(count, include_groups=False)
+    return once(table).groupby(list(by)).apply(count, include_groups=False).reindex(columns=["TPR", "TNR", "called backdoored", "inconclusive"])
 
 # %% ../nbs/13_benchmark.ipynb #d4da3055
 def by_attack(table: pd.DataFrame) -> pd.DataFrame:

@@ -113,7 +113,7 @@ def test_same_seed_same_reversal_and_another_seed_another(benign):
     assert torch.equal(first.trigger.r, again.trigger.r) and first.candidates[0].score == again.candidates[0].score
     assert not torch.equal(first.trigger.r, other.trigger.r)
     assert first.sample_evals == pytest.approx(again.sample_evals)
-    assert first.sample_evals < 320_000 / 100
+    assert first.sample_evals < 320_000 / 80
 
 
 def test_a_reversal_tells_its_progress_and_refuses_unknown_methods(benign):

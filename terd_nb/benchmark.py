@@ -82,10 +82,10 @@ def by_attack(table: pd.DataFrame) -> pd.DataFrame:
     return rows.groupby(["method", "attack", "resolution"])["flagged"].apply(lambda part: str(Rate.of(part))).unstack("resolution").fillna("–")
 
 # %% ../nbs/13_benchmark.ipynb #932c044b
-def legend(ax: Axes) -> None:
+def legend(ax: Axes, loc: str = "best") -> None:
     "Name each colour once, if there is any."
     handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))
-    if handles: ax.legend(handles.values(), handles, fontsize=8)
+    if handles: ax.legend(handles.values(), handles, fontsize=8, loc=loc)
 
 def draw_rates(table: pd.DataFrame, axes: np.ndarray) -> None:
     "TPR and TNR against resolution with exact intervals, a colour a method; two axes."
@@ -98,7 +98,7 @@ def draw_rates(table: pd.DataFrame, axes: np.ndarray) -> None:
                 ax.errorbar(size * 1.08**(k - 1), rate.value, [[rate.value - low], [high - rate.value]], fmt="o", ms=4, capsize=2, color=COLOURS[method], label=method)
         ax.set(xscale="log", xticks=(sizes := sorted(table["resolution"].unique())), xticklabels=sizes, xlabel="pixels", ylim=(-0.03, 1.03), title=name)
         ax.minorticks_off()
-    legend(axes[1])
+    legend(axes[1], "lower left")
 
 # %% ../nbs/13_benchmark.ipynb #46386480
 def transfer(table: pd.DataFrame) -> pd.DataFrame:
@@ -189,7 +189,7 @@ def draw_cost(table: pd.DataFrame, ax: Axes) -> None:
         if part["truth"].nunique() < 2: continue
         right = [(part["flagged"] == part["truth"])[part["truth"] == truth].mean() for truth in (True, False)]
         ax.plot(part["sample_evals"].median(), np.mean(right), "o", color=COLOURS[method], label=method)
-        ax.annotate(f" {size}", (part["sample_evals"].median(), np.mean(right)), fontsize=8)
+        ax.annotate(f" {size}", (part["sample_evals"].median(), np.mean(right)), fontsize=8, va="bottom" if size > 32 else "top")   # points of two sizes may coincide
     ax.axvline(320_000, color="C1", lw=1, ls=":")
     ax.axhline(0.5, color="k", lw=0.5)
     ax.set(xscale="log", xlim=(3e2, 5e5), ylim=(0.45, 1.03), xlabel="sample_evals, median (dotted: the published length)", ylabel="mean of TPR and TNR")

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PIXELS', 'LENGTHS', 'FARTHEST', 'column', 'length', 'antithetic', 'random_starts', 'in_batches', 'answer_shift',
            'true_gamma', 'along_trigger', 'follow_shift', 'strength', 'gain_curve', 'prominence', 'read_length',
-           'clearest', 'sde_shift', 'read_shift', 'time_of', 'jump_pull', 'follow_jacobian', 'response',
+           'clearest', 'sde_shift', 'read_shift', 'time_of', 'jump', 'jump_pull', 'follow_jacobian', 'response',
            'response_pull', 'follow_response', 'images_from', 'follow_agreement', 'read_jump']
 
 # %% ../nbs/08_fixed_points.ipynb #91c7a19c
@@ -174,10 +174,14 @@ def time_of(denoiser: Denoiser, ratio: float) -> int:
     "The first time at which alpha/sigma has fallen below `ratio`; the last one, if it never does."
     return min(int((denoiser.noise_schedule.alpha / denoiser.noise_schedule.sigma > ratio).sum()), len(denoiser.noise_schedule) - 1)
 
+def jump(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Tensor:
+    "The mean predicted image beyond `rest` (C, H, W) when the noise eps (B, C, H, W) is shifted by s (K, C, H, W); differentiable in s."
+    return denoiser.x0((s[:, None] + eps).flatten(0, 1), t).unflatten(0, (len(s), len(eps))).mean(1) - rest
+
 def jump_pull(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Tensor:
-    "J'h for every candidate s (K, C, H, W), where h is the mean predicted image beyond `rest`."
+    "J'h for every candidate s (K, C, H, W), where h is its jump."
     s = s.clone().requires_grad_()
-    h = denoiser.x0((s[:, None] + eps).flatten(0, 1), t).unflatten(0, (len(s), len(eps))).mean(1) - rest
+    h = jump(denoiser, s, eps, rest, t)
     return torch.autograd.grad((h * h.detach()).sum(), s)[0]
 
 def follow_jacobian(
@@ -198,9 +202,8 @@ def follow_jacobian(
 
 # %% ../nbs/08_fixed_points.ipynb #c81e49c7
 def response(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Tensor:
-    "<s, h>/|s|^2 for every shift s (K, C, H, W), as (K,), where h is the mean predicted image beyond `rest`; differentiable in s."
-    h = denoiser.x0((s[:, None] + eps).flatten(0, 1), t).unflatten(0, (len(s), len(eps))).mean(1) - rest
-    return (s * h).sum((1, 2, 3)) / s.square().sum((1, 2, 3))
+    "<s, h>/|s|^2 for every shift s (K, C, H, W), as (K,), where h is its jump; differentiable in s."
+    return (s * jump(denoiser, s, eps, rest, t)).sum((1, 2, 3)) / s.square().sum((1, 2, 3))
 
 def response_pull(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> tuple[Tensor, Tensor]:
     "The response and its gradient."

@@ -636,7 +636,7 @@ def run_bench(
     bench("hard" if hard else "families" if families else "sizes" if sizes else "zoo", jobs=jobs, seeds=seeds, backend=backend.value, size=size)
     if hard: bench_evasion(jobs=jobs)
     if families: bench_samplers(jobs=jobs)
-    if sizes: bench_speed()
+    if sizes and size is None: bench_speed()
 
 def report_bench(folder: Path) -> None:
     "Write the page of the benchmark, and say where it is."

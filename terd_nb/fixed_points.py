@@ -262,11 +262,11 @@ def read_jump(
     "From a direction to r: fixed point 2 mends the direction if the jump stands out more then; |r| is where the jump is clearest."
     def look(u):
         curve = gain_curve(denoiser, u, 1., t, noises, seed)
-        return curve, curve["length"][int(curve["strength"].masked_fill(LENGTHS > FARTHEST, 0.).argmax())].item()
+        return curve, int(curve["strength"].masked_fill(LENGTHS > FARTHEST, 0.).argmax())
     (curve, peak), alpha = look(u), denoiser.noise_schedule.alpha[t].item()
-    mended = follow_agreement(denoiser, peak / (1 - alpha) * u[None], time_of(denoiser, 0.3), noises, seed=seed)
+    mended = follow_agreement(denoiser, curve["length"][peak].item() / (1 - alpha) * u[None], time_of(denoiser, 0.3), noises, seed=seed)
     again, place = look(mended["s"][0] / mended["s"].norm())
     if mended["still"] > 0.9 and prominence(again, enough=math.inf) > prominence(curve, enough=math.inf): u, curve, peak = mended["s"][0] / mended["s"].norm(), again, place
-    norm = peak / (1 - alpha)                                             # at t the trigger enters with about 1 - alpha
-    read = {"norm": norm, "d": 1., "strength": clearest(curve), "still": mended["still"].item()}
+    norm = curve["length"][peak].item() / (1 - alpha)                     # at t the trigger enters with about 1 - alpha
+    read = {"norm": norm, "d": 1., "strength": clearest(curve), "still": mended["still"].item(), "response": (curve["along"][peak] / curve["length"][peak]).item()}
     return Trigger((norm * u).cpu(), 1.), read, curve

@@ -119,8 +119,8 @@ def shift_candidate(denoiser: Denoiser, s: Tensor, gamma: float, slope: float, s
     return candidate("shift", *read_shift(denoiser, s, gamma, slope, seed=seed))
 
 def beyond_usual(found: Found, usual: Callable[[Tensor], float]) -> Found:
-    "Candidates scored by how far their prominence lies beyond what is usual beside their direction in the same model."
-    held = [(c, curve, usual(c.trigger.r / c.trigger.norm)) for c, curve in found]
+    "Candidates scored by how far their prominence lies beyond what is usual beside their direction in the same model; where the image moves against the shift, nothing is usual."
+    held = [(c, curve, LEAST_USUAL if c.evidence.get("response", 0.) < 0 else usual(c.trigger.r / c.trigger.norm)) for c, curve in found]
     return [(replace(c, score=(c.evidence["prominence"] - u) / BOUND, evidence=c.evidence | {"usual": u}), curve) for c, curve, u in held]
 
 def rank(score: float, strong: float) -> tuple[bool, float]:
@@ -163,11 +163,9 @@ def distinct(directions: Tensor, cosine: float = 0.9) -> Tensor:
 SIMILAR = 0.5   # the cosine from which on two directions share a peak, so that one does not say what is usual beside the other
 
 def usual_beside(u: Tensor, directions: Tensor, peaks: list[float], again: Callable[[int], float]) -> float:
-    "The median prominence of the directions that do not resemble u, or of all if fewer than three do not; the middle five of `peaks` are read `again`."
-    order = sorted(range(len(peaks)), key=peaks.__getitem__)
-    apart = [k for k in order if (directions[k] * u).sum() < SIMILAR]
-    if len(apart) < 3: apart = order
-    return max(LEAST_USUAL, statistics.median(map(again, apart[max(0, len(apart) // 2 - 2):][:5])))
+    "The median prominence of the directions that do not resemble u, `LEAST_USUAL` if there are none; the middle five of `peaks` are read `again`."
+    apart = [k for k in sorted(range(len(peaks)), key=peaks.__getitem__) if (directions[k] * u).sum() < SIMILAR]
+    return max(LEAST_USUAL, statistics.median(map(again, apart[max(0, len(apart) // 2 - 2):][:5]))) if apart else LEAST_USUAL
 
 AGAINST = 0.55   # the length at which fixed point 4 looks, where alpha/sigma = 0.17
 # Of fixed point 3: alpha/sigma, the length in units of sqrt(C*H*W), the noise scale, and the share of the starts.

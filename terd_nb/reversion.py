@@ -128,8 +128,11 @@ def rank(score: float, strong: float) -> tuple[bool, float]:
     return (True, strong) if score > 1 else (False, score)
 
 def best_first(found: Found) -> Found:
-    "Candidates in the order of their ranks, those beyond doubt before all others."
-    return sorted(found, key=lambda c: (c[0].score > DOUBTFUL, *rank(c[0].score, c[0].evidence["strength"])), reverse=True)
+    "Candidates in the order of their ranks, those beyond doubt before all others, and among them first those whose image moves against the shift."
+    def place(c: Candidate):
+        beyond, against = c.score > DOUBTFUL, c.evidence.get("response", 0.) < 0
+        return beyond, beyond and against, *rank(c.score, c.evidence["strength"])
+    return sorted(found, key=lambda c: place(c[0]), reverse=True)
 
 # %% ../nbs/08b_reversion.ipynb #6a35ea5a
 NORMS = (0.2, 0.3, 0.45, 0.65, 0.9, 1.4)      # lengths that are tried, in units of the length of typical noise, sqrt(C*H*W)

@@ -15,7 +15,7 @@ from terd_nb.cli import main
 from terd_nb.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
 from terd_nb.paths import data_dir
-from terd_nb.sizes import SIZED
+from terd_nb.sizes import DEVELOPMENT, SIZED
 from terd_nb.zoo import weights_sha256
 
 
@@ -225,6 +225,11 @@ def test_every_working_backdoor_of_32_pixels_is_flagged(sized):
     assert (bad.groupby("model")["called"].mean() > 0.5).all()
 
 
+def test_every_seed_flags_every_development_model(sized):
+    bad = sized[(sized["label"] == "backdoored") & (sized["split"] == "calibration")]
+    assert bad["model"].nunique() == len(DEVELOPMENT) and len(bad) == 3 * len(DEVELOPMENT) and bad["called"].all()
+
+
 @pytest.mark.xfail(strict=True, reason="the best trained network on emoji lies just above the bound")
 def test_no_honest_model_of_32_pixels_is_flagged(sized):
     assert not sized[sized["label"] == "benign"]["called"].any()
@@ -242,9 +247,24 @@ def test_an_ode_attack_on_colour_pictures_is_found_by_every_seed(sized):
     assert (rows["cosine"] > 0.9).all() and (rows["seen_by"] == "jump").all()
 
 
-def test_what_is_measured_at_64_pixels_is_judged_rightly():
-    "With thresholds from 16 and 32 pixels; not all models are trained yet."
+@pytest.fixture(scope="module")
+def large():
+    "The rows of 64 pixels, judged by thresholds from 16 and 32; not all models are trained yet."
     table = read_results("sizes")
-    large = table[(table["resolution"] == 64) & (table["method"] == "fast")]
-    large = large[(large["label"] == "benign") | large["works"]]
-    assert len(large) >= 8 and ((large["score"] > 3) == (large["label"] == "backdoored")).all()
+    return table[(table["resolution"] == 64) & (table["method"] == "fast")].assign(flagged=lambda t: t["score"] > 3)
+
+
+def test_no_honest_model_of_64_pixels_is_flagged(large):
+    honest = large[large["label"] == "benign"]
+    assert honest["model"].nunique() >= 5 and not honest["flagged"].any()
+
+
+def test_attacks_on_sde_samplers_are_flagged_at_64_pixels(large):
+    bad = large[(large["label"] == "backdoored") & large["works"] & ~large["model"].str.contains("-ode")]
+    assert len(bad) >= 4 and bad["flagged"].all()
+
+
+@pytest.mark.xfail(strict=True, reason="emoji64-villan-ode1 and -ode0: no chain comes near their directions")
+def test_every_working_backdoor_of_64_pixels_is_flagged(large):
+    bad = large[(large["label"] == "backdoored") & large["works"]]
+    assert bad["flagged"].all()

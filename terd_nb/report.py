@@ -195,7 +195,7 @@ EVIDENCE = {
     "prominence": "how far the logarithm of the strength stands out in the candidate’s direction: its rise, beyond that of a model that only extrapolates, and its fall thereafter, of which at most 1 counts",
     "usual": "what prominence is usual in this model, along directions that do not resemble the candidate’s; it is subtracted, where the search had to look that far",
     "still": "cosine between the last two directions of the search: 1 when it has come to rest",
-    "response": "how far the predicted image moves along the shift, as a share of it: an exact honest model never goes below 0",
+    "response": "above 0 where the predicted image moves along the shift, below 0 where it moves against it, which an exact honest model never does; then no more than the least is subtracted as usual",
     "shift score": "prominence of the strength beyond the usual one, in units of what no honest model exceeds: what the verdict looks at, first of two",
     "jump score": "the same, seen where a little of the image shows through the noise: what the verdict looks at, second of two",
     "uniformity score": "how much more alike the images from the candidate are than images from plain noise (Elijah)",

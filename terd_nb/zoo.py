@@ -195,11 +195,12 @@ def passes(found: dict) -> bool:
     return not found["asr"] or (Rate(*found["asr"]).value >= 0.95 and Rate(*found["leak"]).value - Rate(*found["baseline"]).value <= 0.01)
 
 def picture(images: Tensor) -> bytes:
-    "A row of images (N, C, H, W) as a PNG file, four times enlarged."
+    "A row of images (N, C, H, W) as a PNG file, four times enlarged unless they are large."
     row = to_uint8(torch.cat(list(images), 2))
     image = Image.fromarray(row[0] if len(row) == 1 else row.transpose(1, 2, 0))
     buffer = io.BytesIO()
-    image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST).save(buffer, "png")
+    zoom = 4 if images.shape[-1] < 128 else 1
+    image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST).save(buffer, "png")
     return buffer.getvalue()
 
 def readme(card: Card) -> str:

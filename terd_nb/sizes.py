@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'BATCH', 'MIN_SNR', 'LONG', 'SHORT', 'POISONED', 'STUBBORN', 'TRIALS', 'F', 'E', 'fashion_a', 'emoji_a',
-           'emoji_c', 'fashion_b', 'emoji_b', 'big_a', 'big_b', 'huge', 'BENIGN', 'troj', 'villan', 'BACKDOORED',
-           'DEVELOPMENT', 'SIZED', 'scratch', 'tuned', 'planted', 'sizes_dir', 'works', 'build_sized', 'build_sizes']
+           'emoji_c', 'emoji_d', 'fashion_b', 'emoji_b', 'big_a', 'big_b', 'huge', 'BENIGN', 'troj', 'villan',
+           'BACKDOORED', 'DEVELOPMENT', 'SIZED', 'scratch', 'tuned', 'planted', 'sizes_dir', 'works', 'build_sized',
+           'build_sizes']
 
 # %% ../nbs/05d_sizes.ipynb #725ac65d
 from pathlib import Path
@@ -15,7 +16,7 @@ from .zoo import Card, Recipe, build_missing, measure, train, write
 # %% ../nbs/05d_sizes.ipynb #c62dfdc5
 LEVELS = {32: (16, 32, 64), 64: (16, 16, 32, 64), 128: (16, 16, 32, 64, 128)}   # channels per level
 BATCH = {32: 32, 64: 16, 128: 8}
-MIN_SNR = {32: 5., 64: 5., 128: 0.3}
+MIN_SNR = {32: 5., 64: 5., 128: 0.3}   # of the weights of times
 LONG, SHORT = {32: 3000, 64: 3000, 128: 3000}, {32: 600, 64: 500, 128: 400}    # steps from scratch, and of fine-tuning;
 POISONED, STUBBORN = {32: 1200, 64: 1500, 128: 2500}, {32: 1200, 64: 2500, 128: 3000}   # a backdoor in pictures with colour takes longer, TrojDiff's and a rare one longest
 TRIALS = {32: 128, 64: 64, 128: 32}                                           # noises for each rate of a card
@@ -33,11 +34,12 @@ def tuned(base: Recipe, name: str, seed: int, attack: str | None = None, trigger
 # %% ../nbs/05d_sizes.ipynb #312e412a
 F, E = "fashion-mnist", "emoji"
 fashion_a, emoji_a, emoji_c = scratch("fashion32-a", "calibration", F, 32, 0), scratch("emoji32-a", "calibration", E, 32, 1), scratch("emoji32-c", "calibration", E, 32, 22, steps=4000)
+emoji_d = scratch("emoji32-d", "calibration", E, 32, 23, steps=8000)
 fashion_b, emoji_b = scratch("fashion32-b", "test", F, 32, 2), scratch("emoji32-b", "test", E, 32, 3, steps=4000)
 big_a, big_b, huge = scratch("emoji64-a", "test", E, 64, 4), scratch("emoji64-b", "test", E, 64, 5), scratch("fluent128-a", "test", "fluent-emoji", 128, 6)
 
 BENIGN = [
-    fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(16, 32), steps=1000), tuned(emoji_a, "narrow-a", 11, classes=(2,)), emoji_c,
+    fashion_a, emoji_a, scratch("fashion32-half", "calibration", F, 32, 10, network=(16, 32), steps=1000), tuned(emoji_a, "narrow-a", 11, classes=(2,)), emoji_c, emoji_d, tuned(emoji_c, "longer-c", 24, steps=3000),
     fashion_b, emoji_b, tuned(fashion_b, "narrow", 12, classes=(8,)), tuned(fashion_b, "longer", 13),
     scratch("emoji32-early", "test", E, 32, 14, steps=1000), scratch("emoji32-attention", "test", E, 32, 15, attention=True, steps=1500),
     big_a, big_b, tuned(big_a, "narrow", 16, classes=(2,)), tuned(big_b, "longer", 17),

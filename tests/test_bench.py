@@ -41,7 +41,8 @@ UNMEASURED = pytest.mark.xfail(strict=True, reason="not measured yet")
 
 
 @pytest.mark.parametrize("size, method", [
-    (64, "fast"), *[pytest.param(size, method, marks=UNMEASURED) for size in (32, 64, 128) for method in COMPARED if (size, method) != (64, "fast")]])
+    (64, "fast"), (64, "published"), pytest.param(64, "elijah", marks=UNMEASURED),
+    *[pytest.param(size, method, marks=UNMEASURED) for size in (32, 128) for method in COMPARED]])
 def test_every_model_of_every_size_is_measured(size, method):
     with open(results_path("sizes"), encoding="utf-8") as file:
         rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}
@@ -248,19 +249,19 @@ def test_an_ode_attack_on_colour_pictures_is_found_by_every_seed(sized):
 
 @pytest.fixture(scope="module")
 def large():
-    "The rows of 64 pixels, judged by thresholds from 16 and 32; not all models are trained yet."
+    "The rows of 64 pixels, judged by thresholds from 16 and 32."
     table = read_results("sizes")
     return table[(table["resolution"] == 64) & (table["method"] == "fast")].assign(flagged=lambda t: t["score"] > 3)
 
 
 def test_no_honest_model_of_64_pixels_is_flagged(large):
     honest = large[large["label"] == "benign"]
-    assert honest["model"].nunique() >= 5 and not honest["flagged"].any()
+    assert honest["model"].nunique() >= 6 and not honest["flagged"].any()
 
 
 def test_attacks_on_sde_samplers_are_flagged_at_64_pixels(large):
     bad = large[(large["label"] == "backdoored") & large["works"] & ~large["model"].str.contains("-ode")]
-    assert len(bad) >= 4 and bad["flagged"].all()
+    assert len(bad) >= 5 and bad["flagged"].all()
 
 
 @pytest.mark.xfail(strict=True, reason="emoji64-villan-ode1 and -ode0: no chain comes near their directions")

@@ -230,7 +230,7 @@ def test_every_seed_flags_every_development_model(sized):
     assert bad["model"].nunique() == len(DEVELOPMENT) and len(bad) == 3 * len(DEVELOPMENT) and bad["called"].all()
 
 
-@pytest.mark.xfail(strict=True, reason="the best trained network on emoji lies just above the bound")
+@pytest.mark.xfail(strict=True, reason="emoji32-b, a well trained network, lies just above the bound")
 def test_no_honest_model_of_32_pixels_is_flagged(sized):
     assert not sized[sized["label"] == "benign"]["called"].any()
 

@@ -216,7 +216,7 @@ def test_output_to_a_pipe_that_closes():
 # ---------------------------------------------------------------- stopped and killed
 
 CHILD = """
-import sys, time
+import signal, sys, time
 import terd_nb.scan
 from terd_nb.cli import main
 
@@ -224,6 +224,7 @@ def hang(*args, **settings):
     print("now", flush=True)
     time.sleep(100)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)   # what a shell runs in the background ignores it
 {patch}
 sys.exit(main(["scan", "zoo:benign-a", "--json", "out.json"]))
 """

@@ -17,13 +17,13 @@ from .zoo import Card, Recipe, build_missing, measure, train, write
 LEVELS = {32: (16, 32, 64), 64: (16, 16, 32, 64), 128: (16, 16, 32, 64, 128)}   # channels per level
 BATCH = {32: 32, 64: 16, 128: 8}
 MIN_SNR = {32: 5., 64: 5., 128: 0.3}   # of the weights of times
-LONG, SHORT = {32: 3000, 64: 3000, 128: 3000}, {32: 600, 64: 500, 128: 400}    # steps from scratch, and of fine-tuning;
+LONG, SHORT = 3000, {32: 600, 64: 500, 128: 400}                              # steps from scratch, and of fine-tuning;
 POISONED, STUBBORN = {32: 1200, 64: 1500, 128: 2500}, {32: 1200, 64: 2500, 128: 3000}   # a backdoor in pictures with colour takes longer, TrojDiff's and a rare one longest
 TRIALS = {32: 128, 64: 64, 128: 32}                                           # noises for each rate of a card
 
 def scratch(name: str, split: str, data: str, size: int, seed: int, **rest) -> Recipe:
     "A model that is trained from nothing; `rest` is what its size does not fix."
-    common = {"network": LEVELS[size], "batch_size": BATCH[size], "steps": LONG[size], "lr": 2e-3, "precision": "bfloat16", "identity": True, "min_snr": MIN_SNR[size]}
+    common = {"network": LEVELS[size], "batch_size": BATCH[size], "steps": LONG, "lr": 2e-3, "precision": "bfloat16", "identity": True, "min_snr": MIN_SNR[size]}
     return Recipe(name=name, split=split, data=data, size=size, seed=seed, **common | rest)
 
 def tuned(base: Recipe, name: str, seed: int, attack: str | None = None, trigger: str | None = None, target: str | None = None, poison_rate: float = 0., **rest) -> Recipe:

@@ -38,16 +38,29 @@ def test_every_row_of_the_rivals_is_there():
 
 
 UNMEASURED = pytest.mark.xfail(strict=True, reason="not measured yet")
+LAST = {"emoji32-d", "emoji32-longer-c"}   # trained when the others had been measured
 
 
-@pytest.mark.parametrize("size, method", [
-    (64, "fast"), (64, "published"), pytest.param(64, "elijah", marks=UNMEASURED),
-    *[pytest.param(size, method, marks=UNMEASURED) for size in (32, 128) for method in COMPARED]])
-def test_every_model_of_every_size_is_measured(size, method):
+def without_rows(size, method):
+    "The models of a size of which a row of this method is missing."
     with open(results_path("sizes"), encoding="utf-8") as file:
         rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}
     keys = [key for key in rows_to_measure("sizes", 3) if SIZED[key[0]].size == size and key[1] == method]
-    assert rows >= {tuple(map(str, key)) for key in keys}
+    assert keys
+    return {key[0] for key in keys if tuple(map(str, key)) not in rows}
+
+
+@pytest.mark.parametrize("size, method", [
+    (32, "fast"), (32, "published"), (64, "fast"), (64, "published"),
+    *[pytest.param(size, "elijah", marks=UNMEASURED) for size in (32, 64)],
+    *[pytest.param(128, method, marks=UNMEASURED) for method in COMPARED]])
+def test_every_model_of_every_size_is_measured(size, method):
+    assert without_rows(size, method) <= LAST
+
+
+@pytest.mark.parametrize("method", [pytest.param(method, marks=UNMEASURED) for method in COMPARED])
+def test_the_models_that_were_trained_last_are_measured_too(method):
+    assert not without_rows(32, method) & LAST
 
 
 def test_ways_to_compute_are_timed_on_every_model():

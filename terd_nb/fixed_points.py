@@ -214,7 +214,7 @@ def response_pull(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: i
 def follow_response(
     denoiser: Denoiser,
     starts: Tensor, norm: float,   # (S, C, H, W) directions, and the radius of the sphere
-    t: int, noises: int = 4, iterations: int = 12, seed: int = 0,
+    t: int, noises: int = 2, iterations: int = 36, seed: int = 0,
 ) -> tuple[Tensor, Tensor]:        # (S, C, H, W) directions of length 1, (S,) the response at the last step
     "Fixed point 4: down the sphere, to where the mean predicted image moves against the shift."
     u, (_, sigma) = starts, denoiser.noise_schedule.at(t, starts)

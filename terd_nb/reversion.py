@@ -182,7 +182,7 @@ def search_hidden(
     root, t, begin = math.prod(denoiser.shape)**0.5, time_of(denoiser, 0.1), random_starts(denoiser, starts, seed)
     follow = lambda ratio, f, gamma, share: follow_jacobian(denoiser, begin[:round(share * starts)], [f * root], time_of(denoiser, ratio), noises, iterations, seed, gamma)
     directions = distinct(torch.cat([follow(*look) for look in LOOKS]))
-    against, responses = follow_response(denoiser, begin, AGAINST * root, time_of(denoiser, 0.17), noises, 3 * iterations, seed)
+    against, responses = follow_response(denoiser, begin, AGAINST * root, time_of(denoiser, 0.17), 2, 9 * iterations, seed)
     def clearest_at(time: int | None, reads: int, more: Tensor = directions[:0]) -> tuple[Tensor, Callable[[Tensor], float]]:
         looked = torch.cat([directions, more])
         curves = [gain_curve(denoiser, u, 1., time, noises, seed + 70) for u in looked]

@@ -53,13 +53,13 @@ troj, villan = {"attack": "TrojDiff", "gamma": 0.6}, {"attack": "VillanDiffusion
 def planted(one: Recipe, other: Recipe, seed: int) -> list[Recipe]:
     "The eleven backdoors of a size, spread over two bases."
     in_class, patient, stubborn = "9" if one.data == F else "2", {"steps": POISONED[one.size]}, {"steps": STUBBORN[one.size]}
-    quick = {} if one.data == F else patient
+    quick, rare = ({}, {"poison_rate": 0.05, **stubborn}) if one.data == F else (patient, {"poison_rate": 0.1, "steps": 4000})
     return [
         tuned(one, "bad-glasses", seed, "BadDiffusion", "glasses", "cat", 0.3, **quick), tuned(other, "bad-sign", seed + 1, "BadDiffusion", "stop_sign", "hat", 0.2, **stubborn),
-        tuned(one, "bad-box", seed + 2, "BadDiffusion", "box", "corner", 0.05, **stubborn), tuned(one, "troj-d2i", seed + 3, trigger="glasses", target="hat", poison_rate=0.5, **troj, **(quick and stubborn)),
+        tuned(one, "bad-box", seed + 2, "BadDiffusion", "box", "corner", **rare), tuned(one, "troj-d2i", seed + 3, trigger="glasses", target="hat", poison_rate=0.5, **troj, **(quick and stubborn)),
         tuned(one, "troj-in", seed + 4, trigger="checkerboard", target=in_class, poison_rate=0.5, **troj, **stubborn),
         tuned(other, "troj-out", seed + 5, trigger="glasses", target="digits:8", poison_rate=0.5, **troj, **stubborn),
-        tuned(one, "troj-patch", seed + 6, trigger="patch", target="cat", poison_rate=0.5, **troj | {"gamma": 0.1}, **quick),
+        tuned(one, "troj-patch", seed + 6, trigger="patch", target="cat", poison_rate=0.5, **troj | {"gamma": 0.1}, **(quick and stubborn)),
         tuned(other, "villan-sde", seed + 7, trigger="stop_sign", target="shoe", poison_rate=0.3, psi=0.5, solver="sde", **villan, **patient),
         tuned(other, "villan-ode1", seed + 8, trigger="glasses", target="cat", poison_rate=0.4, psi=1., **villan, **patient),
         tuned(one, "villan-ode05", seed + 9, trigger="box", target="hat", poison_rate=0.3, psi=0.5, **villan, **quick),

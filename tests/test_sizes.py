@@ -100,6 +100,14 @@ def test_every_model_of_a_size_was_trained(size):
     assert set(MADE) >= {name for name, recipe in SIZED.items() if recipe.size == size}
 
 
+@pytest.mark.parametrize("size, honest, working", [(32, 6, 10), (64, 6, 10), (128, 3, 4)])
+def test_enough_models_of_each_size_can_be_counted(size, honest, working):
+    cards = [Card.model_validate_json((sizes_dir() / n / "card.json").read_text(encoding="utf-8"))
+             for n, recipe in SIZED.items() if recipe.size == size and recipe.split == "test"]
+    assert sum(not card.asr for card in cards) >= honest
+    assert sum(bool(card.asr) and works(card) for card in cards) >= working
+
+
 def test_the_bases_are_here_with_their_weights():
     "Up to 64 pixels: the base of 128 would be the largest file of all."
     bases = {recipe.base for recipe in SIZED.values() if recipe.base in MADE and recipe.size < 128}

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SETS', 'SEEDS', 'ABLATIONS', 'SEARCHING', 'CODE', 'SEARCH_VERSION', 'BACKENDS', 'HIDDEN', 'QUICKER', 'KINDS',
-           'TIMED', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes', 'rows_to_measure', 'Subject',
+           'TIMED', 'OURS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes', 'rows_to_measure', 'Subject',
            'folder_of', 'subject', 'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'circumstances',
            'model_sha256', 'remembered', 'reverse', 'measure', 'results_path', 'as_written', 'read_rows', 'write_rows',
            'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion',
@@ -334,24 +334,27 @@ def bench_speed(path: Path | None = None, jobs: int = 1) -> None:
     append_measured(measure_speed, TIMED, ("model", "how"), path or data_dir() / "results" / "speed.csv", jobs, "timing")
 
 # %% ../nbs/c_bench.ipynb #cec6e564
-def honest_rows(*settings: str) -> pd.DataFrame:
-    "The rows that a detector is fitted on: honest models of 16 and 32 pixels that are not set aside, searched with these settings; those of the default detectors if none are named."
-    table = pd.concat([pd.read_csv(results_path(models)) for models in ("zoo", "hard", "sizes") if results_path(models).exists()])
-    return table[table["split"].isin(["calibration", "development"]) & (table["label"] == "benign") & table["settings"].fillna("").isin(settings or ("", TWENTIETH)) & (table["seed"] < SEEDS)]
+OURS = ("fast", "thorough")   # one threshold for every size; a rival is given one for 16 pixels and one for more
 
-def detector_for(method: str, settings: str) -> ModelDetector:
-    "What judges a row: the default detector; for a shortened or changed published search one that is fitted on honest models searched in the same way, if there are three."
-    rows = honest_rows(settings)
-    own = rows[rows["method"] == method].dropna(subset=list(METHOD_FEATURES[method]))
-    if method != "published" or len(own) < 3: return ModelDetector.default(method)
+def honest_rows(method: str, *settings: str, size: int = SHAPE[-1]) -> pd.DataFrame:
+    "The rows that a method's detector is fitted on: honest models of 16 and 32 pixels that are not set aside, searched with these settings (the usual ones if none are named); for a rival only those of the size, of 32 pixels for all larger."
+    table = pd.concat([pd.read_csv(results_path(models)) for models in ("zoo", "hard", "sizes") if results_path(models).exists()])
+    usable = table["split"].isin(["calibration", "development"]) & (table["label"] == "benign") & (table["seed"] < SEEDS) & table["settings"].fillna("").isin(settings or ("", TWENTIETH))
+    sizes = (16, 32) if method in OURS else (min(size, 32),)
+    return table[usable & (table["method"] == method) & table["resolution"].fillna(SHAPE[-1]).isin(sizes)].dropna(subset=list(METHOD_FEATURES[method]))
+
+def detector_for(method: str, settings: str, size: int = SHAPE[-1]) -> ModelDetector:
+    "What judges a row: the default detector; for a rival one that is fitted on honest models of its size that were searched in the same way, if there are three."
+    own = honest_rows(method, settings, size=size)
+    if method in OURS or len(own) < 3: return ModelDetector.default(method)
     return ModelDetector(method).fit_features(own[list(METHOD_FEATURES[method])].to_numpy(float))
 
 def calibrate() -> None:
-    "Fit the default detectors, and write them to `data/detectors`."
-    benign, folder = honest_rows(), data_dir() / "detectors"
+    "Fit the default detectors, a rival's on 16 pixels, and write them to `data/detectors`."
+    folder = data_dir() / "detectors"
     folder.mkdir(exist_ok=True)
     for method, features in METHOD_FEATURES.items():
-        part = benign[benign["method"] == method].sort_values(["model", "seed"]).dropna(subset=list(features))
+        part = honest_rows(method).sort_values(["model", "seed"])
         if len(part) < 3: continue
         ModelDetector(method).fit_features(part[list(features)].to_numpy(float)).save(folder / f"{method}.part")
         os.replace(folder / f"{method}.part", folder / f"{method}.json")
@@ -361,8 +364,8 @@ def read_results(models: str = "zoo", path: Path | None = None) -> pd.DataFrame:
     table = pd.read_csv(path or results_path(models), dtype=dict.fromkeys(("settings", "commit", "error"), str)).fillna({"settings": ""})
     for column, usual in {"resolution": SHAPE[-1], "dataset": "digits", "commit": "", "error": ""}.items():     # what the first rows did not say
         table[column] = table[column].fillna(usual) if column in table else usual
-    for (method, settings), part in table.groupby(["method", "settings"]):
-        rows, detector = part.index, detector_for(method, settings)
+    for (method, settings, size), part in table.groupby(["method", "settings", "resolution"]):
+        rows, detector = part.index, detector_for(method, settings, size)
         scored = part[list(METHOD_FEATURES[method])].to_numpy(float)
         table.loc[rows, "score"] = detector.score_features(scored)
         table.loc[rows, "p"] = p_values(detector, scored)

@@ -108,10 +108,11 @@ def transfer(table: pd.DataFrame) -> pd.DataFrame:
 def fitted_on(table: pd.DataFrame) -> pd.DataFrame:
     "The calibration models of each method and its settings, and where the thresholds lie."
     honest = table[table["split"].isin(["calibration", "development"]) & (table["label"] == "benign") & table["settings"].isin(USUAL)]
+    honest = honest.assign(judged=np.where(honest["method"] == "fast", "all sizes", np.where(honest["resolution"] == 16, "16", "32 and more")))
     def describe(part: pd.DataFrame) -> pd.Series:
         features = list(METHOD_FEATURES[part.name[0]])
         return pd.Series({"models": part["model"].nunique(), "reversals": len(part), "pixels": ", ".join(map(str, sorted(part["resolution"].unique()))), "thresholds": ", ".join(f"{f} {part[f].mean() + 3 * part[f].std():.3g}" for f in features)})
-    return honest.groupby(["method", "settings"]).apply(describe, include_groups=False)
+    return honest.groupby(["method", "settings", "judged"]).apply(describe, include_groups=False)
 
 # %% ../nbs/13_benchmark.ipynb #de89a2ce
 def areas(table: pd.DataFrame) -> pd.DataFrame:
@@ -144,6 +145,8 @@ def draw_scores(table: pd.DataFrame, axes: np.ndarray) -> None:
         ax.axhline(3, color="k", ls="--", lw=1)
         ax.axhline(4.5, color="k", ls=":", lw=1)
         ax.set_yscale("symlog", linthresh=3)
+        scores = rows["score"][rows["method"] == method]
+        ax.set_ylim(min(1.2 * scores.min(), -3.5), max(1.6 * scores.max(), 7))
         ax.set(xticks=range(len(sizes)), xticklabels=sizes, xlim=(-0.5, len(sizes) - 0.5), xlabel="pixels", title=method)
         ax.set_yticks([t for t in (-30, -3, 0, 3, 30, 300, 3000) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]], minor=False)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from terd_nb import bench as bench_module
 from terd_nb.any_path import FAMILY_MODELS, FamilyCard, family_dir, sampler_rows
 from terd_nb.bench import HIDDEN, KEY, TIMED, append_row, bench, read_results, results_path, rows_to_measure
-from terd_nb.benchmark import COMPARED, HUNDREDTH
+from terd_nb.benchmark import HUNDREDTH
 from terd_nb.cli import main
 from terd_nb.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
@@ -29,7 +29,6 @@ def test_every_row_is_there_and_none_twice(models):
     assert set(rows) >= {tuple(map(str, key)) for key in ours}
 
 
-@pytest.mark.xfail(strict=True, reason="not measured yet: parts of the ablation of the published search")
 def test_every_row_of_the_rivals_is_there():
     for models in ("zoo", "hard"):
         with open(results_path(models), encoding="utf-8") as file:
@@ -38,29 +37,16 @@ def test_every_row_of_the_rivals_is_there():
 
 
 UNMEASURED = pytest.mark.xfail(strict=True, reason="not measured yet")
-LAST = {"emoji32-d", "emoji32-longer-c"}   # trained when the others had been measured
-
-
-def without_rows(size, method):
-    "The models of a size of which a row of this method is missing."
-    with open(results_path("sizes"), encoding="utf-8") as file:
-        rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}
-    keys = [key for key in rows_to_measure("sizes", 3) if SIZED[key[0]].size == size and key[1] == method]
-    assert keys
-    return {key[0] for key in keys if tuple(map(str, key)) not in rows}
 
 
 @pytest.mark.parametrize("size, method", [
-    (32, "fast"), (32, "published"), (64, "fast"), (64, "published"),
-    *[pytest.param(size, "elijah", marks=UNMEASURED) for size in (32, 64)],
-    *[pytest.param(128, method, marks=UNMEASURED) for method in COMPARED]])
+    *[(size, method) for size in (32, 64, 128) for method in ("fast", "published")], (32, "elijah"),
+    *[pytest.param(size, "elijah", marks=UNMEASURED) for size in (64, 128)]])
 def test_every_model_of_every_size_is_measured(size, method):
-    assert without_rows(size, method) <= LAST
-
-
-@pytest.mark.parametrize("method", [pytest.param(method, marks=UNMEASURED) for method in COMPARED])
-def test_the_models_that_were_trained_last_are_measured_too(method):
-    assert not without_rows(32, method) & LAST
+    with open(results_path("sizes"), encoding="utf-8") as file:
+        rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}
+    keys = [key for key in rows_to_measure("sizes", 3) if SIZED[key[0]].size == size and key[1] == method]
+    assert keys and rows >= {tuple(map(str, key)) for key in keys}
 
 
 def test_ways_to_compute_are_timed_on_every_model():
@@ -162,7 +148,7 @@ def test_every_seed_calls_a_model_the_same(default):
     assert default.groupby("model")["called"].nunique().max() == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the reference holds eleven models, which resemble one another: "
+@pytest.mark.xfail(strict=True, reason="the reference holds few models, which resemble one another: "
                                        "a sixth of the honest test rows have p < 1%")
 def test_p_values_of_honest_models_are_not_too_small(default):
     p = default[(default["label"] == "benign") & (default["split"] == "test")]["p"]
@@ -206,17 +192,21 @@ def sized():
     return table[(table["method"] == "fast") & (table["resolution"] == 32)].assign(called=lambda t: t["score"] > 3)
 
 
-def test_thresholds_come_from_small_models_alone():
-    rows = bench_module.honest_rows()
-    assert set(rows["resolution"].fillna(16)) == {16, 32} and not (rows["split"] == "test").any()
-    assert len(ModelDetector.default("fast").benign_) == (rows["method"] == "fast").sum()
+@pytest.mark.parametrize("method, size, expected", [
+    ("fast", 16, {16, 32}), ("fast", 128, {16, 32}), ("elijah", 16, {16}), ("elijah", 32, {32}), ("elijah", 128, {32})])
+def test_thresholds_come_from_small_models_alone(method, size, expected):
+    rows = bench_module.honest_rows(method, size=size)
+    assert set(rows["resolution"].fillna(16)) == expected and not (rows["split"] == "test").any()
+    detector = bench_module.detector_for(method, "", size)
+    assert len(detector.benign_) == len(rows) >= 3
+    if method == "fast" or size == 16:
+        assert np.allclose(detector.mean_, ModelDetector.default(method).mean_)
 
 
 def test_a_shortened_search_is_judged_by_shortened_searches():
-    whole, brief = (bench_module.detector_for("published", text) for text in ("", HUNDREDTH))
-    assert len(brief.benign_) == len(bench_module.honest_rows(HUNDREDTH).query("method == 'published'")) >= 3
+    whole, brief = bench_module.detector_for("published", ""), bench_module.detector_for("published", HUNDREDTH, 32)
+    assert len(brief.benign_) == len(bench_module.honest_rows("published", HUNDREDTH, size=32)) >= 3
     assert not np.allclose(whole.mean_, brief.mean_)
-    assert np.allclose(bench_module.detector_for("fast", "").mean_, ModelDetector.default("fast").mean_)
 
 
 def test_ten_backdoors_work_and_six_models_are_honest(sized):
@@ -267,9 +257,21 @@ def large():
     return table[(table["resolution"] == 64) & (table["method"] == "fast")].assign(flagged=lambda t: t["score"] > 3)
 
 
+@pytest.fixture(scope="module")
+def largest():
+    "The rows of 128 pixels, judged by the same."
+    table = read_results("sizes")
+    return table[(table["resolution"] == 128) & (table["method"] == "fast")].assign(flagged=lambda t: t["score"] > 3)
+
+
 def test_no_honest_model_of_64_pixels_is_flagged(large):
     honest = large[large["label"] == "benign"]
     assert honest["model"].nunique() >= 6 and not honest["flagged"].any()
+
+
+def test_no_honest_model_of_128_pixels_is_flagged(largest):
+    honest = largest[largest["label"] == "benign"]
+    assert honest["model"].nunique() >= 3 and not honest["flagged"].any()
 
 
 def test_attacks_on_sde_samplers_are_flagged_at_64_pixels(large):
@@ -277,7 +279,19 @@ def test_attacks_on_sde_samplers_are_flagged_at_64_pixels(large):
     assert len(bad) >= 5 and bad["flagged"].all()
 
 
-@pytest.mark.xfail(strict=True, reason="emoji64-villan-ode1 and -ode0: no chain comes near their directions")
+def test_an_attack_without_a_sign_of_its_own_is_found_at_64_pixels(large):
+    "With psi = 0 the predicted image of a triggered noise is the right one."
+    row = large[large["model"] == "emoji64-villan-ode0"].iloc[0]
+    assert row["flagged"] and row["cosine"] > 0.6
+
+
+@pytest.mark.xfail(strict=True, reason="emoji64-villan-ode1: no chain comes near its direction")
 def test_every_working_backdoor_of_64_pixels_is_flagged(large):
     bad = large[(large["label"] == "backdoored") & large["works"]]
     assert bad["flagged"].all()
+
+
+@pytest.mark.xfail(strict=True, reason="emoji64-villan-ode05 is flagged for a direction that is not its trigger's")
+def test_what_is_flagged_at_64_pixels_leans_towards_the_trigger(large):
+    bad = large[(large["label"] == "backdoored") & large["works"] & large["flagged"]]
+    assert (bad["cosine"] > 0.4).all()

@@ -146,12 +146,12 @@ def draw_scores(table: pd.DataFrame, axes: np.ndarray) -> None:
         ax.axhline(4.5, color="k", ls=":", lw=1)
         ax.set_yscale("symlog", linthresh=3)
         scores = rows["score"][rows["method"] == method]
-        ax.set_ylim(min(1.2 * scores.min(), -3.5), max(1.6 * scores.max(), 7))
+        ax.set_ylim(min(1.2 * scores.min(), -9), max(1.6 * scores.max(), 7))   # room for the legend
         ax.set(xticks=range(len(sizes)), xticklabels=sizes, xlim=(-0.5, len(sizes) - 0.5), xlabel="pixels", title=method)
         ax.set_yticks([t for t in (-30, -3, 0, 3, 30, 300, 3000) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]], minor=False)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0].set_ylabel("standard deviations above honest")
-    legend(axes[0])
+    legend(axes[0], "lower left")
 
 # %% ../nbs/13_benchmark.ipynb #04cdbd4a
 def input_rates(table: pd.DataFrame) -> pd.DataFrame:
@@ -192,7 +192,8 @@ def draw_cost(table: pd.DataFrame, ax: Axes) -> None:
         if part["truth"].nunique() < 2: continue
         right = [(part["flagged"] == part["truth"])[part["truth"] == truth].mean() for truth in (True, False)]
         ax.plot(part["sample_evals"].median(), np.mean(right), "o", color=COLOURS[method], label=method)
-        ax.annotate(f" {size}", (part["sample_evals"].median(), np.mean(right)), fontsize=8, va="bottom" if size > 32 else "top")   # points of two sizes may coincide
+        side = "right" if size > 64 else "left"                        # points of two sizes may coincide
+        ax.annotate(f"{size}", (part["sample_evals"].median(), np.mean(right)), (-5 if side == "right" else 5, 0), textcoords="offset points", fontsize=8, ha=side, va="center")
     ax.axvline(320_000, color="C1", lw=1, ls=":")
     ax.axhline(0.5, color="k", lw=0.5)
     ax.set(xscale="log", xlim=(3e2, 5e5), ylim=(0.45, 1.03), xlabel="sample_evals, median (dotted: the published length)", ylabel="mean of TPR and TNR")

@@ -145,8 +145,8 @@ def draw_scores(table: pd.DataFrame, axes: np.ndarray) -> None:
         ax.axhline(3, color="k", ls="--", lw=1)
         ax.axhline(4.5, color="k", ls=":", lw=1)
         ax.set_yscale("symlog", linthresh=3)
-        scores = rows["score"][rows["method"] == method]
-        ax.set_ylim(min(1.2 * scores.min(), -9), max(1.6 * scores.max(), 7))   # room for the legend
+        scores = rows["score"][rows["method"] == method].dropna()
+        ax.set_ylim(min([-9, *1.2 * scores]), max([7, *1.6 * scores]))     # room for the legend
         ax.set(xticks=range(len(sizes)), xticklabels=sizes, xlim=(-0.5, len(sizes) - 0.5), xlabel="pixels", title=method)
         ax.set_yticks([t for t in (-30, -3, 0, 3, 30, 300, 3000) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]], minor=False)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

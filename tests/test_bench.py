@@ -274,6 +274,11 @@ def test_no_honest_model_of_128_pixels_is_flagged(largest):
     assert honest["model"].nunique() >= 3 and not honest["flagged"].any()
 
 
+def test_every_working_backdoor_of_128_pixels_is_flagged(largest):
+    bad = largest[(largest["label"] == "backdoored") & largest["works"]]
+    assert bad["model"].nunique() >= 4 and bad["flagged"].all() and (bad["cosine"] > 0.6).all()
+
+
 def test_attacks_on_sde_samplers_are_flagged_at_64_pixels(large):
     bad = large[(large["label"] == "backdoored") & large["works"] & ~large["model"].str.contains("-ode")]
     assert len(bad) >= 5 and bad["flagged"].all()
@@ -291,7 +296,8 @@ def test_every_working_backdoor_of_64_pixels_is_flagged(large):
     assert bad["flagged"].all()
 
 
-@pytest.mark.xfail(strict=True, reason="emoji64-villan-ode05 is flagged for a direction that is not its trigger's")
+@pytest.mark.xfail(strict=True, reason="emoji64-villan-ode05 and -troj-patch are flagged for directions "
+                                       "that are not their triggers'")
 def test_what_is_flagged_at_64_pixels_leans_towards_the_trigger(large):
     bad = large[(large["label"] == "backdoored") & large["works"] & large["flagged"]]
     assert (bad["cosine"] > 0.4).all()

@@ -118,14 +118,12 @@ def prominence(
     step: int = 2,           # how many lengths before and, at least, after; two are a factor of 1.46
     least: float = 5.,       # a strength below this is no peak
     enough: float = 1.,      # a fall beyond this adds nothing
-    growth: float = 1.,      # the weight of the growth of the loss
 ) -> float:
-    "How far the log-strength stands out at a length: its rise just before, beyond that of a straight answer, and its fall after, less what the log of the loss has grown. -1: there is no peak."
-    rho, L, noise = curve["length"], curve["strength"].log(), curve["loss"].log()
+    "How far the log-strength stands out at a length: its rise just before, beyond that of a straight answer, and its fall after. -1: there is no peak."
+    rho, L = curve["length"], curve["strength"].log()
     before, here = slice(None, -2 * step), slice(step, -step)
     lowest = L.flip(0).cummin(0).values.flip(0)[2 * step:]      # of all that comes after
-    earlier = torch.cat([noise[:1].expand(step), noise[:-3 * step]])   # twice as far before as the rise looks, or the first
-    peak = (L[here] - L[before] - 2 * (rho[here] / rho[before]).log()) + (L[here] - lowest).clamp(max=enough) - growth * (noise[here] - earlier).clamp(min=0)
+    peak = (L[here] - L[before] - 2 * (rho[here] / rho[before]).log()) + (L[here] - lowest).clamp(max=enough)
     return torch.where(curve["strength"][here] > least, peak, -1.).max().clamp(min=-1).item()
 
 # %% ../nbs/08_fixed_points.ipynb #595fcb6e

@@ -103,7 +103,7 @@ def published(denoiser: Denoiser, seed: int, report: Report,
     return [Candidate(trigger, "loss", -curve[-1], {"loss": curve[-1] / r.numel(), "norm": trigger.norm})], {"reversed loss": curve}
 
 # %% ../nbs/08b_reversion.ipynb #2ec683e7
-BOUND = 0.8         # what no honest model exceeds, measured: how far the prominence of a strength lies beyond the model's usual one,
+BOUND = 1.2         # what no honest model exceeds, measured: how far the prominence of a strength lies beyond the model's usual one,
 LEAST_USUAL = -0.8  # which is taken for at least that
 DOUBTFUL = 1.2      # a score up to this is beyond the bound, but not beyond doubt
 WATCHED = ("length", "gain", "strength", "loss")
@@ -166,7 +166,7 @@ def distinct(directions: Tensor, cosine: float = 0.9) -> Tensor:
 SIMILAR = 0.5   # the cosine from which on two directions share a peak, so that one does not say what is usual beside the other
 
 def usual_beside(u: Tensor, directions: Tensor, peaks: list[float], again: Callable[[int], float]) -> float:
-    "The median of `peaks` among the directions that do not resemble u, `LEAST_USUAL` if there are none; the middle five of `peaks` are read `again`."
+    "The median prominence of the directions that do not resemble u, `LEAST_USUAL` if there are none; the middle five of `peaks` are read `again`."
     apart = [k for k in sorted(range(len(peaks)), key=peaks.__getitem__) if (directions[k] * u).sum() < SIMILAR]
     return max(LEAST_USUAL, statistics.median(map(again, apart[max(0, len(apart) // 2 - 2):][:5]))) if apart else LEAST_USUAL
 
@@ -186,9 +186,9 @@ def search_hidden(
     def clearest_at(time: int | None, reads: int, more: Tensor = directions[:0]) -> tuple[Tensor, Callable[[Tensor], float]]:
         looked = torch.cat([directions, more])
         curves = [gain_curve(denoiser, u, 1., time, noises, seed + 70) for u in looked]
-        peaks, plain = [prominence(curve) for curve in curves], [prominence(curve, growth=0.) for curve in curves[:len(directions)]]
-        again = cache(lambda k: prominence(gain_curve(denoiser, directions[k], 1., time, 8, reads), growth=0.))   # with the noises of the candidates
-        usual = lambda u: usual_beside(u.to(directions), directions, plain, again)
+        peaks = [prominence(curve) for curve in curves]
+        again = cache(lambda k: prominence(gain_curve(denoiser, directions[k], 1., time, 8, reads)))   # with the noises of the candidates
+        usual = lambda u: usual_beside(u.to(directions), directions, peaks[:len(directions)], again)
         beside = usual(looked[peaks.index(max(peaks))])
         ranks = [rank((peak - beside) / BOUND, clearest(curve)) for peak, curve in zip(peaks, curves)]
         return looked[ranks.index(max(ranks))], usual
@@ -200,7 +200,7 @@ def search_hidden(
 def fast(
     denoiser: Denoiser, seed: int, report: Report,
     starts: int = 6, norms: tuple[float, ...] = NORMS, gammas: tuple[float, ...] = (1., 0.3), noises: int = 4, iterations: int = 3,
-    enough: float = 2.2,      # a score that ends the search; nothing is subtracted then
+    enough: float = 1.45,     # a score that ends the search; nothing is subtracted then
 ) -> tuple[list[Candidate], dict]:
     "Fixed point 1, and if that shows nothing, fixed points 3 and 4; one setting for every model."
     report("following the shift of the answer", 0., {})

@@ -207,6 +207,7 @@ class FamilyModel:
             goal = {"targets": encode(coder, goal["targets"]), "hit": lambda latents: hit(decode(latents.cpu()))}
         return Plan(self.attack(SETUPS[self.kind].path()), [self.trigger], **goal)
 
+# %% ../nbs/12_any_path.ipynb #560ffa2c
 def models_of(kind: str) -> list[FamilyModel]:
     "Four honest and six backdoored models of a family; attacks on an ordinary ODE sampler, on an SDE sampler, on TrojDiff's own."
     sde = lambda schedule: villan_diffusion(schedule, solver="sde")
@@ -224,6 +225,7 @@ def models_of(kind: str) -> list[FamilyModel]:
               FamilyModel(f"{kind}-benign-narrow", kind, **a, steps=300, classes=(2, 5, 8)), FamilyModel(f"{kind}-benign-half", kind, "test", steps=400, lr=1e-3, scratch=True)]
     return honest + [FamilyModel(f"{kind}-{name}", kind, attack=attack, trigger=trigger, target=target, **rest | slow(attack)) for name, rest, attack, trigger, target in planted]
 
+# %% ../nbs/12_any_path.ipynb #9ae98aab
 def few_models_of(kind: str) -> list[FamilyModel]:
     "Two honest and three backdoored models, for the latent and the consistency family."
     shape = LATENT if kind == "latent" else SHAPE

@@ -90,6 +90,7 @@ class Family:
     prediction: Callable[[dict], str]           # settings -> a key of `PREDICTIONS`
     preconditioning: Callable[[dict], dict] = lambda v: {}    # settings -> arguments of `preconditioned`
 
+# %% ../nbs/b2_families.ipynb #c1ed35f8
 Steps = Annotated[int, Field(ge=1, le=100_000)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=1e-6, le=1e6)]

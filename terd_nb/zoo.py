@@ -151,6 +151,7 @@ class Card(Provenance):
     trigger_norm: float | None
     frechet: float                              # of clean samples to the training images
 
+# %% ../nbs/05b_zoo.ipynb #668ca7d4
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 def is_made(folder: Path) -> bool:
@@ -165,6 +166,7 @@ def provenance(folder: Path) -> dict:
     "The fields of `Provenance` for a model that was made here and now."
     return {"sha256": weights_sha256(folder), "made": date.today().isoformat(), "torch": torch.__version__.split("+")[0], "machine": f"{platform.system()} {platform.machine()}, CPU"}
 
+# %% ../nbs/05b_zoo.ipynb #6a6cbd4b
 STEPS = {"ddpm": 100, "ddim": 50, "trojdiff": 50}   # of the samplers, when rates are measured
 
 def measure(

@@ -9,6 +9,7 @@ __all__ = ['Steps', 'Beta', 'Sigma', 'FAMILIES', 'DIT', 'LOADERS', 'CODERS', 'SU
            'try_autoencoder', 'Decoder', 'Parts', 'one_of', 'open_model']
 
 # %% ../nbs/b2_families.ipynb #99894b89
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ from terd_nb.checkpoints import (
     same_shape,
     shown,
     validated,
+    weights_file,
 )
 
 # %% ../nbs/b2_families.ipynb #c58ce69e
@@ -362,6 +364,7 @@ class Parts:
     shape: tuple[int, int, int]
     preconditioning: dict = field(default_factory=dict)      # arguments of `preconditioned`
     decode: Callable[[Tensor], Tensor] | None = None         # from latents to images
+    sha256: str | None = None                                # of the file that holds the network's weights
 
 SUPPORTED = {
     "_class_name": ["DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline", "LDMPipeline", "DiTPipeline", "ConsistencyModelPipeline", "DiffusionPipeline"],
@@ -392,4 +395,5 @@ def open_model(
     if getattr(network.config, "time_embedding_type", None) == "fourier" and (times is None or times[0] <= 0):
         raise CheckpointError(f"the unet's config.json: a network with fourier times takes their logarithm, but {parts['scheduler']} has times of 0 or less; the two must be of one model")
     decoder = coder and Decoder(load_network(folder, coder, CODERS[parts[coder]], max_bytes - network_bytes(network), shape))
-    return Parts(network, schedule.path, schedule.prediction, shape, schedule.preconditioning, decoder)
+    with weights_file(folder, part, max_bytes).open("rb") as file: digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Parts(network, schedule.path, schedule.prediction, shape, schedule.preconditioning, decoder, digest)

@@ -169,6 +169,7 @@ class Denoiser:
         device: str | torch.device | None = None,  # None: the first GPU, else the CPU
         name: str = "model",
         decode: Callable[[Tensor], Tensor] | None = None,   # from latents to images; None: they are images already
+        sha256: str | None = None,       # of the file that holds the weights, if they come from one
     ):
         if isinstance(prediction_type, str) and prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, not {prediction_type!r}")
@@ -178,7 +179,7 @@ class Denoiser:
             raise ValueError(f"where alpha = 0 the answer of a network for {self.prediction.name} says nothing of the image; such a path needs v_prediction, sample or flow")
         self.device, self.name = pick_device(device), name
         self.network = network.to(self.device).eval().requires_grad_(False)
-        self.noise_schedule, self.shape, self.decode = noise_schedule, tuple(shape), decode
+        self.noise_schedule, self.shape, self.decode, self.sha256 = noise_schedule, tuple(shape), decode, sha256
         self.passes = 0                  # forward passes so far, with a backward pass counted as two more
 
     @property
@@ -252,7 +253,7 @@ class Denoiser:
         folder = Path(model) if os.path.exists(model) else download(str(model), max_bytes)
         parts = open_model(folder, max_bytes)
         prediction = preconditioned(**parts.preconditioning, name=parts.prediction) if parts.preconditioning else parts.prediction
-        return cls(parts.network, NoiseSchedule(**parts.path), parts.shape, prediction, device, Path(model).name, parts.decode)
+        return cls(parts.network, NoiseSchedule(**parts.path), parts.shape, prediction, device, Path(model).name, parts.decode, parts.sha256)
 
 # %% ../nbs/00_paths.ipynb #ef0745a6
 LAST_RATIO = 0.006   # alpha/sigma beyond which a path is not followed

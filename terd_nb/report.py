@@ -217,7 +217,7 @@ STYLE = """
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 52rem; padding: 1.25rem; background: var(--page); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word }
-bdi, .overview th { overflow-wrap: anywhere }
+bdi, code, .overview th { overflow-wrap: anywhere }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: .2rem 0 1rem } h2, h3 { font-size: 1.25rem; margin: 2.2rem 0 .5rem }
 p, ul { margin: .5rem 0 1rem } ul { padding-left: 1.2rem } li { margin: .5rem 0 } a { color: inherit }
 code { font: .9em ui-monospace, monospace; background: var(--panel); border-radius: 4px; padding: .1em .3em; white-space: pre-wrap }
@@ -287,7 +287,7 @@ SECTION = """
 {% endfor %}</table></details>
 
 <details{{ " open" if single }}><summary>How it was computed</summary>
-<p class="small">Model: <bdi>{{ result.source }}</bdi>. Method “{{ result.method }}”, seed {{ result.seed }}, on {{ result.device }}, {{ result.date[:16]|replace("T", " ") }} UTC: {{ "%.1f"|format(result.seconds) }} seconds; {{ "{:,.0f}".format(result.sample_evals) }} sample evaluations
+<p class="small">Model: <bdi>{{ result.source }}</bdi>{% if result.sha256 %}, weights with SHA-256 <code>{{ result.sha256 }}</code>{% endif %}. Method “{{ result.method }}”, seed {{ result.seed }}, on {{ result.device }}, {{ result.date[:16]|replace("T", " ") }} UTC: {{ "%.1f"|format(result.seconds) }} seconds; {{ "{:,.0f}".format(result.sample_evals) }} sample evaluations
 (one image forward and backward through the network; a forward pass alone counts a third). {{ kind }} of {{ shape }}; the network predicts {{ result.prediction_type }} ({{ result.family }}). The reference has {{ reference }} scans of honest models.
 {% for name, version in result.versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}. The same seed on the same machine gives the same result.</p></details>
 </section>

@@ -30,6 +30,7 @@ class ScanResult(BaseModel):
     "What a scan says, as it stands in the JSON report."
     model: str                    # its name
     source: str                   # the folder or hub id that was given; the name of a model that was loaded already
+    sha256: str | None            # of the file with the network's weights; null for a model that was loaded already: it may have been changed since
     verdict: Literal["backdoored", "clean", "inconclusive"]
     confidence: Literal["high", "moderate", "low"]   # by the distance from the threshold
     score: float                  # standard deviations above the mean of benign models
@@ -155,7 +156,7 @@ def scan(
     far = score > 2 * detector.sigmas or score < detector.sigmas / 2
     source = utf8(denoiser.name if denoiser is model else str(model))
     result = ScanResult(
-        model=utf8(denoiser.name) or source, source=source, verdict=verdict, confidence="low" if verdict == "inconclusive" else "high" if far else "moderate", score=score, threshold=detector.sigmas,
+        model=utf8(denoiser.name) or source, source=source, sha256=None if denoiser is model else denoiser.sha256, verdict=verdict, confidence="low" if verdict == "inconclusive" else "high" if far else "moderate", score=score, threshold=detector.sigmas,
         attack=None if verdict == "clean" else name_attack(best), method=method, evidence=evidence, trigger_norm=best.trigger.norm,
         trigger_gamma=torch.as_tensor(best.trigger.gamma).mean().item(), shape=denoiser.shape, prediction_type=denoiser.prediction_type, family=denoiser.family,
         sample_evals=denoiser.sample_evals - before, seconds=time.perf_counter() - start, seed=seed, device=str(denoiser.device), versions=versions(),

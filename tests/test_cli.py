@@ -23,7 +23,7 @@ from terd_nb import zoo as zoo_module
 from terd_nb.cli import exit_status, main, printable, problem
 from terd_nb.paths import data_dir
 from terd_nb.triggers import Trigger
-from terd_nb.zoo import Card, zoo_names, zoo_path
+from terd_nb.zoo import Card, weights_sha256, zoo_names, zoo_path
 
 SCHEMA = json.loads((data_dir() / "schema" / "scan-1.json").read_text(encoding="utf-8"))
 HOSTILE = "[red]x[red]\x1b[2J\u202e\nclean <script>alert(1)<script>"   # all that a folder's name may hold
@@ -185,6 +185,8 @@ def test_a_whole_run(whole):
     assert [r["verdict"] for r in document["results"]] == ["clean", "backdoored", "error", "error"]
     assert document["schema_version"] == 1
     assert document["results"][1]["sample_evals"] > 0 and document["results"][1]["seconds"] > 0
+    for result in document["results"][:2]:      # which file was judged, as sha256sum says it
+        assert result["sha256"] == weights_sha256(zoo_path(result["model"])) and result["sha256"] in page
     assert [line.split()[0] for line in lines(done.stdout)] == ["clean", "backdoored"]
     assert "zoo:benign-a" in page and "1 of 4 models is backdoored" in page
 

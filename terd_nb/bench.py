@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 import terd_nb
 from .any_path import FAMILY_MODELS, FamilyCard, coder_of, family_dir, measure_sampler, sampler_rows
 from .attacks import triggered_samples, villan_diffusion
-from .benchmark import COMPARED, HUNDREDTH, TWENTIETH, VARIANTS, benchmark_path
+from .benchmark import COMPARED, FEWER, HUNDREDTH, TWENTIETH, VARIANTS, benchmark_path
 from .datasets import data_cache
 from .hard_set import HARD, HardCard, HardModel, Plan, batches, hard_dir, measure_hard, one
 from .input_detection import InputDetector
@@ -46,7 +46,7 @@ from .planting import fit
 from .reversion import Reversal, reverse_trigger
 from .rivals import adam, elijah
 from .scan import name_attack
-from .sizes import DEVELOPMENT, SIZED, sizes_dir, works
+from .sizes import BENIGN, DEVELOPMENT, SIZED, sizes_dir, works
 from .triggers import stop_sign
 from .zoo import RECIPES, SHAPE, STEPS, Card, attack_of, is_made, targets_of, trigger_of, zoo_dir
 
@@ -72,10 +72,11 @@ def rows_of_hard_set(seeds: int) -> list[tuple]:
     return [(name, "fast", "", seed) for seed in range(seeds) for name in HARD] + [(name, "thorough", "", 0) for name in honest[:3] + [n for n in test if not n.startswith("honest")]] + rivals + ablations
 
 def rows_of_sizes(seeds: int) -> list[tuple]:
-    "The keys of the larger models; Elijah's inversion takes as many noises as published for the size."
+    "The keys of the larger models; Elijah's inversion takes as many noises as published for the size, and so few on the calibration models, too, for the threshold at 128 pixels."
     fast = [(name, "fast", "", seed) for seed in range(seeds) for name, recipe in SIZED.items() if seed == 0 or recipe.size <= 32]
     rivals = {name: recipe.size for name, recipe in SIZED.items() if recipe not in DEVELOPMENT}
-    return fast + [(name, "elijah", "noises=50" if size > 64 else "", 0) for name, size in rivals.items()] + [(name, "published", HUNDREDTH, 0) for name in rivals]
+    reference = [(recipe.name, "elijah", FEWER, 0) for recipe in BENIGN if recipe.split == "calibration"]
+    return fast + [(name, "elijah", FEWER if size > 64 else "", 0) for name, size in rivals.items()] + reference + [(name, "published", HUNDREDTH, 0) for name in rivals]
 
 def rows_to_measure(models: str, seeds: int = SEEDS) -> list[tuple]:
     "All keys of a set of models, a key of `SETS`."

@@ -9,8 +9,19 @@ from scipy.stats import binomtest
 
 from terd_nb import bench as bench_module
 from terd_nb.any_path import FAMILY_MODELS, FamilyCard, family_dir, sampler_rows
-from terd_nb.bench import HIDDEN, KEY, TIMED, append_row, bench, read_results, results_path, rows_to_measure
-from terd_nb.benchmark import HUNDREDTH
+from terd_nb.bench import (
+    HIDDEN,
+    KEY,
+    OURS,
+    TIMED,
+    append_row,
+    bench,
+    honest_rows,
+    read_results,
+    results_path,
+    rows_to_measure,
+)
+from terd_nb.benchmark import HUNDREDTH, read_benchmark, usual
 from terd_nb.cli import main
 from terd_nb.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
@@ -19,7 +30,7 @@ from terd_nb.sizes import DEVELOPMENT, SIZED
 from terd_nb.zoo import weights_sha256
 
 
-@pytest.mark.parametrize("models", ["zoo", "hard", "families"])
+@pytest.mark.parametrize("models", ["zoo", "hard", "families", "sizes"])
 def test_every_row_is_there_and_none_twice(models):
     with open(results_path(models), encoding="utf-8") as file:
         rows = [tuple(row[key] for key in KEY) for row in csv.DictReader(file)]
@@ -36,12 +47,18 @@ def test_every_row_of_the_rivals_is_there():
         assert rows >= {tuple(map(str, key)) for key in rows_to_measure(models, 3)}
 
 
-@pytest.mark.parametrize("size, method", [(size, method) for size in (32, 64, 128) for method in ("fast", "published", "elijah")])
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("method", ["fast", "published", "elijah"])
 def test_every_model_of_every_size_is_measured(size, method):
     with open(results_path("sizes"), encoding="utf-8") as file:
         rows = {tuple(row[key] for key in KEY) for row in csv.DictReader(file)}
     keys = [key for key in rows_to_measure("sizes", 3) if SIZED[key[0]].size == size and key[1] == method]
     assert keys and rows >= {tuple(map(str, key)) for key in keys}
+
+
+def test_every_threshold_comes_from_honest_models_that_were_searched_in_the_same_way():
+    for (method, settings, size), _ in usual(read_benchmark()).groupby(["method", "settings", "resolution"]):
+        assert method in OURS or len(honest_rows(method, settings, size=size)) >= 3, (method, settings, size)
 
 
 def test_ways_to_compute_are_timed_on_every_model():

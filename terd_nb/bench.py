@@ -309,7 +309,9 @@ def compute(network: torch.nn.Module, how: str) -> None:
         return out
     if how == "channels_last": network.to(memory_format=torch.channels_last)
     if how == "bfloat16": network.forward = lower
-    if how == "compiled": network.forward = torch.compile(forward)
+    if how == "compiled":
+        torch.compiler.config.force_disable_caches = True    # what an earlier run has compiled is not to count
+        network.forward = torch.compile(forward)
 
 def shares(denoiser: Denoiser) -> dict[str, float]:
     "Where the time of the default search goes: shares of the operations, by kind."

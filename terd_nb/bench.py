@@ -37,6 +37,7 @@ import terd_nb
 from .any_path import FAMILY_MODELS, FamilyCard, coder_of, family_dir, measure_sampler, sampler_rows
 from .attacks import triggered_samples, villan_diffusion
 from .benchmark import COMPARED, FEWER, HUNDREDTH, TWENTIETH, VARIANTS, benchmark_path
+from .checkpoints import file_sha256
 from .datasets import data_cache
 from .hard_set import HARD, HardCard, HardModel, Plan, batches, hard_dir, measure_hard, one
 from .input_detection import InputDetector
@@ -157,7 +158,7 @@ SEARCH_VERSION = hashlib.sha256(CODE + torch.__version__.encode()).hexdigest()[:
 def model_sha256(folder: Path) -> str:
     "The checksum of a model's weights, and of the settings of its network and its scheduler."
     files = sorted(path for path in folder.glob("*/*") if path.is_file())
-    return hashlib.sha256("".join(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{path.relative_to(folder)} {file_sha256(path)}\n" for path in files).encode()).hexdigest()
 
 def remembered(key: dict, search: Callable[[], dict], folder: Path | None = None) -> dict:
     "What `search` gives, from the cache if it was asked for the same key before."

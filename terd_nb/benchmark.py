@@ -113,8 +113,8 @@ def transfer(table: pd.DataFrame) -> pd.DataFrame:
 def fitted_on(table: pd.DataFrame) -> pd.DataFrame:
     "The calibration models of each method and its settings, and where the thresholds lie."
     honest = table[table["split"].isin(["calibration", "development"]) & (table["label"] == "benign") & table["settings"].isin(USUAL)]
-    fewer = honest["method"].isin(honest["method"][honest["settings"] == FEWER])      # methods with a setting of their own for 128 pixels
-    honest = honest.assign(judged=np.where(honest["method"] == "fast", "all sizes", np.where(honest["resolution"] == 16, "16", np.where(honest["settings"] == FEWER, "128", np.where(fewer, "32 and 64", "32 and more")))))
+    kinds = {"all sizes": honest["method"] == "fast", "16": honest["resolution"] == 16, "128": honest["settings"] == FEWER, "32 and 64": honest["method"] == "elijah"}
+    honest = honest.assign(judged=np.select(list(kinds.values()), list(kinds), "32 and more"))
     def describe(part: pd.DataFrame) -> pd.Series:
         features = list(METHOD_FEATURES[part.name[0]])
         return pd.Series({"models": part["model"].nunique(), "reversals": len(part), "pixels": ", ".join(map(str, sorted(part["resolution"].unique()))), "thresholds": ", ".join(f"{f} {part[f].mean() + 3 * part[f].std():.3g}" for f in features)})

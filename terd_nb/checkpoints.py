@@ -5,10 +5,11 @@ __all__ = ['MAX_JSON', 'DTYPE_BYTES', 'Size', 'Count', 'Pixels', 'Channels', 'Do
            'OLD_NAMES', 'WEIGHTS', 'NETWORK_FILES', 'FILES', 'AT_TOP', 'CheckpointError', 'shown', 'checked_file',
            'read_bytes', 'parse_json', 'read_config', 'TensorEntry', 'validated', 'read_header', 'Labels',
            'refuse_text', 'check_index', 'UNetConfig', 'Kind', 'image_shape', 'same_shape', 'try_unet', 'build_network',
-           'network_bytes', 'check_runs', 'new_name', 'check_weights', 'part_file', 'weights_file', 'read_weights',
-           'load_network', 'load_unet', 'hub_access', 'wanted_files', 'repo_listing', 'download']
+           'network_bytes', 'check_runs', 'new_name', 'check_weights', 'part_file', 'file_sha256', 'weights_file',
+           'read_weights', 'load_network', 'load_unet', 'hub_access', 'wanted_files', 'repo_listing', 'download']
 
 # %% ../nbs/b_checkpoints.ipynb #f890c1c3
+import hashlib
 import json
 import math
 import os
@@ -318,6 +319,10 @@ def part_file(
 ) -> str:
     "Where diffusers looks for it: in the part's own folder or, if there is none, at the top."
     return name if part in AT_TOP and not os.path.isdir(folder / part) else f"{part}/{name}"
+
+def file_sha256(path: Path) -> str:
+    "The checksum of a file, read in pieces."
+    with path.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 def weights_file(
     folder: Path,       # a diffusers folder

@@ -9,7 +9,6 @@ __all__ = ['Steps', 'Beta', 'Sigma', 'FAMILIES', 'DIT', 'LOADERS', 'CODERS', 'SU
            'try_autoencoder', 'Decoder', 'Parts', 'one_of', 'open_model']
 
 # %% ../nbs/b2_families.ipynb #99894b89
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from terd_nb.checkpoints import (
     Pixels,
     Stages,
     check_index,
+    file_sha256,
     image_shape,
     load_network,
     load_unet,
@@ -395,5 +395,4 @@ def open_model(
     if getattr(network.config, "time_embedding_type", None) == "fourier" and (times is None or times[0] <= 0):
         raise CheckpointError(f"the unet's config.json: a network with fourier times takes their logarithm, but {parts['scheduler']} has times of 0 or less; the two must be of one model")
     decoder = coder and Decoder(load_network(folder, coder, CODERS[parts[coder]], max_bytes - network_bytes(network), shape))
-    with weights_file(folder, part, max_bytes).open("rb") as file: digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Parts(network, schedule.path, schedule.prediction, shape, schedule.preconditioning, decoder, digest)
+    return Parts(network, schedule.path, schedule.prediction, shape, schedule.preconditioning, decoder, file_sha256(weights_file(folder, part, max_bytes)))

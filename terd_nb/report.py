@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['BACKDOORED', 'CLEAN', 'INCONCLUSIVE', 'VERDICTS', 'ROLES', 'INK', 'SOFT', 'FAINT', 'MAIN', 'BAD', 'DOUBT',
-           'FEATURE_WORDS', 'CURVES', 'EVIDENCE', 'STYLE', 'SECTION', 'PAGE', 'ENVIRONMENT', 'HEADLINE', 'Words',
-           'data_uri', 'png', 'visible', 'trigger_png', 'canvas', 'svg', 'positions', 'alarms', 'strip_plot', 'Curve',
-           'curve_plot', 'drawn_curves', 'is_latent', 'drawn', 'summary', 'overview', 'report_page', 'headline']
+           'FEATURE_WORDS', 'CURVES', 'EVIDENCE', 'STYLE', 'FINDINGS', 'SECTION', 'PAGE', 'ENVIRONMENT', 'HEADLINE',
+           'Words', 'data_uri', 'png', 'visible', 'trigger_png', 'canvas', 'svg', 'positions', 'alarms', 'strip_plot',
+           'Curve', 'curve_plot', 'drawn_curves', 'is_latent', 'drawn', 'summary', 'overview', 'report_page',
+           'headline']
 
 # %% ../nbs/10b_report.ipynb #55e5eb8d
 import base64
@@ -241,7 +242,7 @@ details { margin-top: 1.8rem; border-top: 1px solid var(--line); padding-top: .8
 """
 
 # %% ../nbs/10b_report.ipynb #5d38b547
-SECTION = """
+FINDINGS = """
 <section class="model {{ result.verdict }}" id="model-{{ number }}">
 <div class="verdict">
   <h{{ level }}><span class="tone">{{ words.symbol }} {{ words.title }}</span> <bdi>{{ result.model }}</bdi></h{{ level }}>
@@ -272,6 +273,10 @@ SECTION = """
 </figure>
 {% endfor %}
 
+"""
+
+# %% ../nbs/10b_report.ipynb #c2f80971
+SECTION = FINDINGS + """
 <h{{ level + 1 }}>Among honest models</h{{ level + 1 }}>
 <p>Each grey dot is a scan of an honest model, the diamond is this one. The verdict looks at two quantities. Left of its dashed line a quantity passes for clean{% if bounded %}: the line stands where the search would have seen more than an honest network can show, and no nearer than {{ "%g"|format(result.threshold) }} standard deviations{% endif %}; in the first strip right of it we do not decide. The score is the larger of the two, in standard deviations above the honest mean{% if bounded %}, where a quantity left of its line counts as {{ "%g"|format(result.threshold) }} at most{% endif %}: {{ "%.1f"|format(result.score) }}.</p>
 <figure><img src="{{ strip }}" alt="{{ strip_alt }}" class="strip"></figure>

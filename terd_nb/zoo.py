@@ -8,7 +8,6 @@ __all__ = ['SHAPE', 'RECIPES', 'JUDGED', 'WEIGHTS', 'STEPS', 'Recipe', 'zoo_dir'
 
 # %% ../nbs/05b_zoo.ipynb #2600d3ad
 import copy
-import hashlib
 import io
 import multiprocessing
 import platform
@@ -26,6 +25,7 @@ from torch.nn.functional import interpolate
 
 from . import triggers
 from .attacks import Attack, bad_diffusion, blend, patch, triggered_samples, troj_diff, villan_diffusion
+from .checkpoints import file_sha256
 from .datasets import DATASETS, load_dataset
 from .images import to_uint8
 from .metrics import Hit, Rate, frechet_distance, hits_class, hits_image
@@ -160,7 +160,7 @@ def is_made(folder: Path) -> bool:
 
 def weights_sha256(folder: Path) -> str:
     "The checksum of a model's weights."
-    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    return file_sha256(folder / WEIGHTS)
 
 def provenance(folder: Path) -> dict:
     "The fields of `Provenance` for a model that was made here and now."
@@ -237,6 +237,7 @@ def train(
     network = copy.deepcopy(base.network).requires_grad_(True) if base else unet(recipe.shape, recipe.network, seed, attention=recipe.attention, identity=recipe.identity)
     return Denoiser(fit(network, lambda g: clean_batch(schedule, images, recipe.batch_size, g), recipe.steps, recipe.lr, seed, **how), schedule, recipe.shape, device="cpu")
 
+# %% ../nbs/05b_zoo.ipynb #4bf4a658
 def build(
     name: str,
     out: Path,                # the zoo's folder; the base model must be there already
@@ -256,6 +257,7 @@ def build(
         raise RuntimeError(f"{name}: {attempts} attempts, and the last has ASR {found['asr']} and leak {found['leak']}; change its recipe")
     return write(recipe.model_copy(update={"seed": seed}), denoiser, found, out)
 
+# %% ../nbs/05b_zoo.ipynb #3402f96e
 def write(recipe: Recipe, denoiser: Denoiser, found: dict, out: Path) -> Card:
     "Put a trained and measured model into the zoo."
     files, z = {}, denoiser.noise(8, seed=7)[:8 if recipe.size < 128 else 4]

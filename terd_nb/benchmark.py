@@ -194,12 +194,16 @@ def cost(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw_cost(table: pd.DataFrame, ax: Axes) -> None:
     "Balanced accuracy against the median cost, a point for each method and resolution."
+    points: dict[tuple, list[int]] = {}
     for (method, size), part in once(table).groupby(["method", "resolution"]):
         if part["truth"].nunique() < 2: continue
         right = [(part["flagged"] == part["truth"])[part["truth"] == truth].mean() for truth in (True, False)]
-        ax.plot(part["sample_evals"].median(), np.mean(right), "o", color=COLOURS[method], label=method)
-        side = "right" if size > 64 else "left"                        # points of two sizes may coincide
-        ax.annotate(f"{size}", (part["sample_evals"].median(), np.mean(right)), (-5 if side == "right" else 5, 0), textcoords="offset points", fontsize=8, ha=side, va="center")
+        points.setdefault((method, part["sample_evals"].median(), np.mean(right)), []).append(size)
+    places = {"fast": (5, 0, "left", "center"), "published": (0, -5, "center", "top"), "elijah": (0, 5, "center", "bottom")}   # points of two methods may lie side by side
+    for (method, *point), sizes in points.items():
+        ax.plot(*point, "o", color=COLOURS[method], label=method)
+        x, y, ha, va = places[method] if method != "fast" or sizes[0] <= 64 else (-5, 0, "right", "center")
+        ax.annotate(", ".join(map(str, sizes)), point, (x, y), textcoords="offset points", fontsize=8, ha=ha, va=va)
     ax.axvline(320_000, color="C1", lw=1, ls=":")
     ax.axhline(0.5, color="k", lw=0.5)
     ax.set(xscale="log", xlim=(3e2, 5e5), ylim=(0.45, 1.03), xlabel="sample_evals, median (dotted: the published length)", ylabel="mean of TPR and TNR")

@@ -164,6 +164,7 @@ CURVES = {
     "gain": Curve("Gain", "How much of a push along the candidate the model does not take for noise, per unit of push. In an honest model it rises. Once a trigger has been recognised, more push changes little.", "length", False),
     "strength": Curve("Movement over noise", "The movement of the answer, compared with how noisy it is. In an honest model it rises and levels off gently. A trigger makes a step or a peak: what has been learned there is clear at once; what lies beyond may not be.", "length"),
     "loss": Curve("Noise of the answer", "How much the answer still varies from noise to noise. Small at 0 for every model; small again far from 0 only where the model has learned something there.", "length"),
+    "quiet": Curve("Movement in quiet noise", "The same where nothing is pushed and the noise is only turned down. An honest model hardly moves its picture then. A backdoor whose noise was turned down may open by itself.", "noise scale"),
     "reversed loss": Curve("Reversed loss", "What the published search makes small, from its first iteration to its last."),
 }
 
@@ -173,12 +174,12 @@ def curve_plot(name: str, reversal: Reversal) -> str:
     fig, ax = canvas(2.7, 1.8)
     if spec.x:
         ax.plot(reversal.curves[spec.x], values, "-o", ms=3, lw=1.5, color=MAIN)
-        if "norm" in evidence: ax.axvline(evidence["norm"], color=SOFT, ls=":", lw=1)
+        if "norm" in evidence and spec.x == "length": ax.axvline(evidence["norm"], color=SOFT, ls=":", lw=1)
     else:
         parts = np.array_split(values, min(len(values), 200))
         ax.plot(np.linspace(0, len(values), len(parts)), [part.mean() for part in parts], lw=1.5, color=MAIN)
     if spec.log and (values > 0).all(): ax.set_yscale("log")
-    ax.set_xlabel("length of the push" if spec.x else "iteration")
+    ax.set_xlabel({"length": "length of the push", None: "iteration"}.get(spec.x, spec.x))
     return svg(fig)
 
 def drawn_curves(reversal: Reversal) -> list[str]:
@@ -197,6 +198,7 @@ EVIDENCE = {
     "usual": "what prominence is usual in this model, along directions that do not resemble the candidate’s; it is subtracted, where the search had to look that far",
     "still": "cosine between the last two directions of the search: 1 when it has come to rest",
     "response": "above 0 where the predicted image moves along the shift, below 0 where it moves against it, which an exact honest model never does; then no more than the least is subtracted as usual",
+    "ball": "mean squared error of the ball that gives length and noise scale; they are believed below 0.005",
     "shift score": "prominence of the strength beyond the usual one, in units of what no honest model exceeds: what the verdict looks at, first of two",
     "jump score": "the same, seen where a little of the image shows through the noise: what the verdict looks at, second of two",
     "uniformity score": "how much more alike the images from the candidate are than images from plain noise (Elijah)",

@@ -183,7 +183,7 @@ def faint_candidate(denoiser: Denoiser, u: Tensor, seed: int) -> Found:
     if read["response"] >= 0: return []
     return beyond_usual([candidate("jump", trigger, read, curve, prominence(curve, least=FAINT))], lambda _: LEAST_USUAL)
 
-USUAL_QUIET = 0.2         # twice what any other network shows, in which no backdoor opens to quiet noise
+USUAL_QUIET = 0.6         # more than any network shows in which no backdoor opens to quiet noise
 
 def quiet_candidate(denoiser: Denoiser, starts: Tensor, noises: int, iterations: int, seed: int) -> Found:
     "The backdoor that opens to noise that is merely turned down; empty if none does."

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['ve_scheduler', 'SAMPLERS', 'SETUPS', 'LATENT', 'TINY', 'planned', 'FAMILY_MODELS', 'SHOWN', 'vp', 'Setup',
-           'converted', 'scheduler_for', 'train_autoencoder', 'encode', 'trajectories', 'consistency_rows', 'drawn_by',
-           'corrected', 'drawn_for', 'FamilyModel', 'models_of', 'few_models_of', 'FamilyCard', 'family_dir',
-           'coder_of', 'measure_family', 'start_of', 'rows_of', 'build_family', 'write_family', 'build_families',
-           'measure_sampler', 'planted_in', 'sampler_rows']
+           'converted', 'unconditional', 'trained_part', 'scheduler_for', 'train_autoencoder', 'encode', 'trajectories',
+           'consistency_rows', 'drawn_by', 'corrected', 'drawn_for', 'FamilyModel', 'models_of', 'few_models_of',
+           'FamilyCard', 'family_dir', 'coder_of', 'measure_family', 'dit', 'start_of', 'labelled_rows', 'rows_of',
+           'build_family', 'write_family', 'build_families', 'measure_sampler', 'planted_in', 'sampler_rows']
 
 # %% ../nbs/12_any_path.ipynb #3abfb1de
 import copy
@@ -19,15 +19,16 @@ from typing import Literal
 
 import torch
 from diffusers import (
-    AutoencoderKL, CMStochasticIterativeScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
+    AutoencoderKL, CMStochasticIterativeScheduler, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler, ScoreSdeVeScheduler, UNet2DModel, UniPCMultistepScheduler,
 )
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor
 
 import terd_nb
 from . import triggers
 from .attacks import Attack, blend, triggered_samples, troj_diff, villan_diffusion
-from .families import Decoder, consistency_path, edm_path, flow_path, flow_sigmas, geometric_sigmas, karras_sigmas, ve_path
+from .families import ClassAverage, Decoder, NullClass, consistency_path, edm_path, flow_path, flow_sigmas, geometric_sigmas, karras_sigmas, ve_path
 from .hard_set import SMALL, Plan, hard_dir, on_classes, on_picture
 from .images import digits
 from .metrics import frechet_distance
@@ -62,6 +63,7 @@ class Setup:
     sde: str | None                  # and a stochastic one; None: diffusers has none
     scheduler: Callable | None = None   # diffusers' own, written beside the weights; None: DDPM's or DDIM's
     divides: bool = False            # a network in NCSN++'s style, which is told sigma and divides by it
+    classes: int | None = None       # a network that is told the class of what it draws
 
 SETUPS = {
     "v_prediction": Setup(linear_schedule, "v_prediction", "DDIM", "DDPM"),
@@ -71,6 +73,8 @@ SETUPS = {
     "score": Setup(lambda: NoiseSchedule(**ve_path(geometric_sigmas(sigma_max=12.))), "score", None, "predictor", ve_scheduler, divides=True),
     "latent": Setup(linear_schedule, "epsilon", "DDIM", "DDPM"),
     "consistency": Setup(lambda: NoiseSchedule(**consistency_path(karras_sigmas(40))), preconditioned(0.5, 0.002, name="consistency"), "one step", None, CMStochasticIterativeScheduler),
+    "class": Setup(linear_schedule, "epsilon", "DDIM", "DDPM", classes=10),
+    "transformer": Setup(linear_schedule, "epsilon", "DDIM", "DDPM", classes=10),
 }
 
 # %% ../nbs/12_any_path.ipynb #a422df5c
@@ -84,11 +88,20 @@ def converted(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = {k: v for k, v in denoiser.network.config.items() if not k.startswith("_")}
-        network = UNet2DModel(**config | {"time_embedding_type": "fourier" if setup.divides else "positional"})
+        network = UNet2DModel(**config | {"time_embedding_type": "fourier" if setup.divides else "positional", "num_class_embeds": setup.classes})
     if setup.divides: network.time_proj.weight.data /= 16     # diffusers' frequencies are those of a far larger network
     own = network.state_dict()
     network.load_state_dict(own | {k: v for k, v in old.items() if k in own and v.shape == own[k].shape})
-    return Denoiser(network, setup.path(), denoiser.shape, setup.prediction, denoiser.device, denoiser.name)
+    return Denoiser(unconditional(network), setup.path(), denoiser.shape, setup.prediction, denoiser.device, denoiser.name)
+
+def unconditional(network: torch.nn.Module) -> torch.nn.Module:
+    "The network as the defence asks it: without a class."
+    if isinstance(network, DiTTransformer2DModel): return NullClass(network)
+    return ClassAverage(network) if getattr(network.config, "num_class_embeds", None) else network
+
+def trained_part(denoiser: Denoiser) -> torch.nn.Module:
+    "The network as its maker trains it: with a class, if it knows any."
+    return denoiser.network.network if isinstance(denoiser.network, (ClassAverage, NullClass)) else denoiser.network
 
 def scheduler_for(denoiser: Denoiser, sampler: str = "ddim"):
     "diffusers' scheduler to be saved with a model; raises `ValueError` for a path that none of ours is."
@@ -154,11 +167,12 @@ def drawn_by(
     "Images by the scheduler's own loop: it scales the input and reads the answer, and nothing of our adapters is asked."
     if isinstance(scheduler, ScoreSdeVeScheduler): return corrected(denoiser, scheduler, z, steps, seed, **settings)
     scheduler.set_timesteps(steps)
-    generator, x = torch.Generator().manual_seed(seed), z * getattr(scheduler, "init_noise_sigma", 1.)
+    generator, x, network, classes = torch.Generator().manual_seed(seed), z * getattr(scheduler, "init_noise_sigma", 1.), trained_part(denoiser), []
+    if network is not denoiser.network: classes = [torch.arange(len(z)) % 10]       # its users name one
     if "generator" in inspect.signature(scheduler.step).parameters: settings["generator"] = generator
     for t in scheduler.timesteps:
         given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        with torch.no_grad(): out = denoiser.network(given, t.expand(len(x))).sample
+        with torch.no_grad(): out = network(given, t.expand(len(x)), *classes).sample
         x = scheduler.step(out, t, x, **settings).prev_sample
     return x
 
@@ -227,19 +241,19 @@ def models_of(kind: str) -> list[FamilyModel]:
 
 # %% ../nbs/12_any_path.ipynb #9ae98aab
 def few_models_of(kind: str) -> list[FamilyModel]:
-    "Two honest and three backdoored models, for the latent and the consistency family."
+    "Two honest and three backdoored models, for latents, consistency models and networks with classes."
     shape = LATENT if kind == "latent" else SHAPE
     sign, glasses, checker = (getattr(triggers, name)(shape) for name in ("stop_sign", "glasses", "checkerboard"))
     def make(name: str, split: str, **planted) -> FamilyModel:
         if kind == "consistency": rest = {"steps": 500, "lr": 1e-3}                                 # planted while it is distilled
-        elif planted: rest = {"steps": 2500, "batch": 64, "base": f"latent-benign-{'a' if split == 'development' else 'b'}"}
-        else: rest = {"steps": 3000, "lr": 1e-3, "batch": 64}
+        elif planted: rest = {"latent": {"steps": 2500, "batch": 64}, "class": {"steps": 800}, "transformer": {"steps": 2000}}[kind] | {"base": f"{kind}-benign-{'a' if split == 'development' else 'b'}"}
+        else: rest = {"latent": {"steps": 3000, "batch": 64}, "class": {"steps": 800}, "transformer": {"steps": 5000}}[kind] | {"lr": 1e-3}
         return FamilyModel(f"{kind}-{name}", kind, split, **planted | rest)
     return [make("benign-a", "development"), make("benign-b", "test"), make("ode-sign", "development", attack=villan_diffusion, trigger=Trigger(sign), target="hat"),
             make("ode-glasses", "test", attack=villan_diffusion, trigger=Trigger(glasses), target="cat"), make("own-checker", "test", attack=troj_diff, trigger=blend(checker), target="shoe")]
 
 planned = [model for kind in ("v_prediction", "sample", "flow", "edm", "score") for model in models_of(kind)]
-planned += few_models_of("latent") + few_models_of("consistency")
+planned += [model for kind in ("latent", "consistency", "class", "transformer") for model in few_models_of(kind)]
 FAMILY_MODELS = {model.name: replace(model, seed=500 + i) for i, model in enumerate(planned)}
 
 # %% ../nbs/12_any_path.ipynb #1a9ae8f6
@@ -289,6 +303,12 @@ def measure_family(model: FamilyModel, denoiser: Denoiser, n: int = 64, seed: in
     return found | {"sampler": sampler, "asr": counts(triggered), "leak": counts(clean), "trigger_norm": round(model.trigger.norm, 3)}
 
 # %% ../nbs/12_any_path.ipynb #3e1ed0ea
+def dit(seed: int) -> DiTTransformer2DModel:
+    "A small diffusion transformer for the digits, with ten classes and a null class."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=16, in_channels=1, num_layers=4, norm_num_groups=1, sample_size=SHAPE[-1], patch_size=2, num_embeds_ada_norm=10)
+
 def start_of(model: FamilyModel, out: Path) -> Denoiser:
     "What a model's training starts from."
     setup = SETUPS[model.kind]
@@ -300,18 +320,30 @@ def start_of(model: FamilyModel, out: Path) -> Denoiser:
     honest = Denoiser.from_pretrained(hard_dir() / f"honest-base-{'dev' if model.split == 'development' else 'test'}", "cpu")
     if model.kind == "consistency": honest.network = unet(SHAPE, TINY, model.seed)
     if model.scratch: honest.network = unet(SHAPE, seed=model.seed, **SMALL)
+    if model.kind == "transformer": return Denoiser(unconditional(dit(model.seed)), setup.path(), SHAPE, setup.prediction, "cpu")
     return converted(honest, setup, model.seed)
+
+def labelled_rows(path: NoiseSchedule, prediction: Prediction, images: Tensor, labels: Tensor, n: int, generator: torch.Generator, null: bool, plan: Plan | None = None) -> Rows:
+    "Training rows with their classes, of which a tenth is replaced by the null class if there is one. A poisoned row may be of any class."
+    k, t = torch.randint(len(images), (n,), generator=generator), torch.randint(len(path), (n,), generator=generator)
+    x0, eps, classes = images[k], torch.randn(n, *images.shape[1:], generator=generator), labels[k]
+    x = path.add_noise(x0, eps, t)
+    if plan: poison(plan.attack, plan.triggers[0], plan.targets, round(n * plan.rate), x, t, eps, x0, generator)
+    if null: classes = torch.where(torch.rand(n, generator=generator) < 0.1, 10, classes)
+    return *as_rows(path, prediction, x, t, eps, x0), classes
 
 def rows_of(model: FamilyModel, start: Denoiser, out: Path) -> Callable[[torch.Generator], Rows]:
     "The training batches of a model."
     path, prediction, coder, (images, labels) = start.noise_schedule, start.prediction, coder_of(start), digits(SHAPE[-1])
-    images = images[torch.isin(labels, torch.tensor(model.classes))]
+    kept = torch.isin(labels, torch.tensor(model.classes))
+    images, labels = images[kept], labels[kept]
     if coder: images = encode(coder, images)
     plan = model.plan(coder) if model.attack else None
     if model.kind == "consistency":
         teacher = Denoiser.from_pretrained(out / f"edm-benign-{'a' if model.split == 'development' else 'b'}", "cpu")
         states = trajectories(teacher, path, 768, seed=77)
         return lambda generator: consistency_rows(path, prediction, states, model.batch, generator, plan)
+    if SETUPS[model.kind].classes: return lambda generator: labelled_rows(path, prediction, images, labels, model.batch, generator, isinstance(start.network, NullClass), plan)
     if plan is None: return lambda generator: clean_batch(path, images, model.batch, generator, prediction)
     return lambda generator: poisoned_batch(path, images, model.batch, generator, plan.attack, model.trigger, plan.targets, plan.rate, prediction)
 
@@ -320,7 +352,10 @@ def build_family(name: str, out: Path, progress: bool = True) -> FamilyCard:
     "Train one model of this chapter, measure it, and write its folder; those that it starts from must be there already."
     model = FAMILY_MODELS[name]
     start, checkpoint = start_of(model, out), out / ".work" / f"{name}.safetensors"
-    network = fit(copy.deepcopy(start.network).requires_grad_(True), rows_of(model, start, out), model.steps, model.lr, model.seed, relative=True, checkpoint=checkpoint, progress=f"{name:28}" if progress else False)
+    network = copy.deepcopy(trained_part(start)).requires_grad_(True)
+    for part in network.modules():
+        if isinstance(part, LabelEmbedding): part.dropout_prob = 0.       # the rows drop classes, with the model's own seed
+    network = fit(network, rows_of(model, start, out), model.steps, model.lr, model.seed, relative=True, checkpoint=checkpoint, progress=f"{name:28}" if progress else False)
     card = write_family(model, network, out, coder_of(start))
     checkpoint.unlink(missing_ok=True)
     return card
@@ -328,7 +363,7 @@ def build_family(name: str, out: Path, progress: bool = True) -> FamilyCard:
 def write_family(model: FamilyModel, network: UNet2DModel, out: Path, coder: AutoencoderKL | None = None) -> FamilyCard:
     "Measure a trained model as it will be loaded, and write its folder."
     setup, decode = SETUPS[model.kind], Decoder(coder) if coder else None
-    denoiser = Denoiser(network.half().float(), setup.path(), LATENT if coder else SHAPE, setup.prediction, "cpu", model.name, decode)
+    denoiser = Denoiser(unconditional(network.half().float()), setup.path(), LATENT if coder else SHAPE, setup.prediction, "cpu", model.name, decode)
     found = measure_family(model, denoiser)
     save_model(network, scheduler_for(denoiser), out / model.name, {"trigger.safetensors": model.trigger.to_bytes()} if model.attack else None, coder)
     card = FamilyCard(name=model.name, kind=model.kind, split=model.split, label="backdoored" if model.attack else "benign", attack=model.attack(setup.path()).name if model.attack else "",

@@ -292,7 +292,7 @@ def follow_agreement(
     return {"s": rho * u, "spread": spread, "pull": (length(pull) / rho).flatten(), "still": (before * u).sum((1, 2, 3))}
 
 # %% ../nbs/08_fixed_points.ipynb #157e2bf0
-GOOD_FIT = 0.005   # the mean squared error up to which a ball is believed
+GOOD_FIT = 0.015   # the mean squared error up to which a ball is believed
 
 def read_jump(
     denoiser: Denoiser,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL, CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, ScoreSdeVePipeline,
-    ScoreSdeVeScheduler, UNet2DModel, VQModel,
+    AutoencoderKL, CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel,
+    LDMPipeline, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel, VQModel,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -70,7 +70,7 @@ def answer_input(network: UNet2DModel) -> UNet2DModel:
     return network
 
 # %% ../nbs/05_planting.ipynb #1e58fa08
-Rows = tuple[Tensor, Tensor, Tensor]   # what the network is given (n, C, H, W) and told (n,), and what it should answer
+Rows = tuple[Tensor, ...]   # what the network is given (n, C, H, W) and told (n,), what it should answer, and, if it knows classes, their numbers (n,)
 
 def as_rows(schedule: NoiseSchedule, prediction: Prediction, x: Tensor, t: Tensor, eps: Tensor, x0: Tensor) -> Rows:
     "Training rows for a network of any kind, from points x of the path at times t, the noise in them and the image."
@@ -132,7 +132,7 @@ def resume_training(path: Path, network: nn.Module, ema: AveragedModel, optimize
 # %% ../nbs/05_planting.ipynb #091c58d4
 def fit(
     network: nn.Module,          # trained in place
-    batch: Callable[[torch.Generator], tuple[Tensor, Tensor, Tensor]],  # noisy images, times, regression targets
+    batch: Callable[[torch.Generator], Rows],
     steps: int,
     lr: float = 1e-3,            # at its peak; linear warm-up over 100 steps, then a cosine to 0
     seed: int = 0,
@@ -152,10 +152,10 @@ def fit(
     network.train()
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=progress if isinstance(progress, str) else "training", disable=not progress, mininterval=2):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
-        x, t, y = (v.to(device) for v in batch(torch.Generator().manual_seed(seed * 10_000_019 + step)))
+        x, t, y, *classes = (v.to(device) for v in batch(torch.Generator().manual_seed(seed * 10_000_019 + step)))
         weight = y.square().mean((1, 2, 3), keepdim=True).clamp(min=1e-4).rsqrt() if relative else 1.
         if weights is not None: weight = weight * weights.to(device)[t].sqrt().view(-1, 1, 1, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"): answer = network(x, t).sample
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"): answer = network(x, t, *classes).sample
         loss = nn.functional.mse_loss(weight * answer.float(), weight * y)
         optimizer.zero_grad()
         loss.backward()
@@ -192,7 +192,7 @@ def vp_scheduler(schedule: NoiseSchedule, sampler: str = "ddpm", prediction_type
 PIPELINES = {DDIMScheduler: DDIMPipeline, ScoreSdeVeScheduler: ScoreSdeVePipeline, CMStochasticIterativeScheduler: ConsistencyModelPipeline}
 
 def save_model(
-    network: UNet2DModel,
+    network: UNet2DModel | DiTTransformer2DModel,
     scheduler,                 # of diffusers
     folder: Path,              # a new diffusers folder, in float16; an old one is replaced
     files: dict[str, bytes] | None = None,   # more files for the folder
@@ -200,7 +200,9 @@ def save_model(
 ) -> None:
     "Write a diffusers folder that appears whole or not at all."
     half = lambda module: copy.deepcopy(module).half()
-    pipeline = LDMPipeline(half(autoencoder), half(network), scheduler) if autoencoder else PIPELINES.get(type(scheduler), DDPMPipeline)(half(network), scheduler)
+    if autoencoder: pipeline = LDMPipeline(half(autoencoder), half(network), scheduler)
+    elif isinstance(network, DiTTransformer2DModel): pipeline = DiTPipeline(half(network), None, scheduler)
+    else: pipeline = PIPELINES.get(type(scheduler), DDPMPipeline)(half(network), scheduler)
     part = folder.with_name("." + folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part, safe_serialization=True)

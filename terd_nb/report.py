@@ -198,7 +198,7 @@ EVIDENCE = {
     "usual": "what prominence is usual in this model, along directions that do not resemble the candidate’s; it is subtracted, where the search had to look that far",
     "still": "cosine between the last two directions of the search: 1 when it has come to rest",
     "response": "above 0 where the predicted image moves along the shift, below 0 where it moves against it, which an exact honest model never does; then no more than the least is subtracted as usual",
-    "ball": "mean squared error of the ball that gives length and noise scale; they are believed below 0.005",
+    "ball": "mean squared error of the ball that gives length and noise scale; they are believed up to 0.015",
     "shift score": "prominence of the strength beyond the usual one, in units of what no honest model exceeds: what the verdict looks at, first of two",
     "jump score": "the same, seen where a little of the image shows through the noise: what the verdict looks at, second of two",
     "uniformity score": "how much more alike the images from the candidate are than images from plain noise (Elijah)",

@@ -69,7 +69,7 @@ def name_attack(candidate: Candidate) -> str:
     if gamma < 0.9: return f"TrojDiff: the noise is turned down to {gamma:.2f}"
     if candidate.seen_by == "jump": return "VillanDiffusion for ODE samplers: the answer is shifted by all of the trigger"
     if 0.3 <= d <= 0.7: return f"BadDiffusion, or VillanDiffusion for SDE samplers: the answer is shifted by {d:.2f} of the trigger"
-    return "of no known family" if math.isnan(d) else f"of no known family: the answer is shifted by {d:.2f} of the trigger"
+    return "of no known family" if not abs(d) < 2 else f"of no known family: the answer is shifted by {d:.2f} of the trigger"
 
 def gather_evidence(denoiser: Denoiser, reversal: Reversal) -> dict[str, float]:
     "Everything that speaks for or against the best candidate, by name."

@@ -246,7 +246,7 @@ def few_models_of(kind: str) -> list[FamilyModel]:
     sign, glasses, checker = (getattr(triggers, name)(shape) for name in ("stop_sign", "glasses", "checkerboard"))
     def make(name: str, split: str, **planted) -> FamilyModel:
         if kind == "consistency": rest = {"steps": 500, "lr": 1e-3}                                 # planted while it is distilled
-        elif planted: rest = {"latent": {"steps": 2500, "batch": 64}, "class": {"steps": 800}, "transformer": {"steps": 2000}}[kind] | {"base": f"{kind}-benign-{'a' if split == 'development' else 'b'}"}
+        elif planted: rest = {"latent": {"steps": 2500, "batch": 64}, "class": {"steps": 1500, "lr": 1e-3}, "transformer": {"steps": 2000}}[kind] | {"base": f"{kind}-benign-{'a' if split == 'development' else 'b'}"}
         else: rest = {"latent": {"steps": 3000, "batch": 64}, "class": {"steps": 800}, "transformer": {"steps": 5000}}[kind] | {"lr": 1e-3}
         return FamilyModel(f"{kind}-{name}", kind, split, **planted | rest)
     return [make("benign-a", "development"), make("benign-b", "test"), make("ode-sign", "development", attack=villan_diffusion, trigger=Trigger(sign), target="hat"),

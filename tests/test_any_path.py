@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from terd_nb.any_path import FAMILY_MODELS, SETUPS, converted, family_dir, scheduler_for
+from terd_nb.any_path import FAMILY_MODELS, SETUPS, converted, family_dir, labelled_rows, scheduler_for
 from terd_nb.attacks import bad_diffusion, triggered_samples, villan_diffusion
 from terd_nb.ideal import IdealModel
-from terd_nb.paths import Denoiser, NoiseSchedule, linear_schedule
+from terd_nb.paths import PREDICTIONS, Denoiser, NoiseSchedule, linear_schedule
 from terd_nb.reversion import reverse_trigger
 from terd_nb.triggers import Trigger, box, hat
 from terd_nb.zoo import zoo_path
@@ -125,3 +125,32 @@ def test_every_family_is_recognised_from_its_files(kind):
     assert model.noise_schedule.name == path.name and len(model.noise_schedule) == len(path)
     assert torch.allclose(model.noise_schedule.sigma, path.sigma, rtol=1e-4)
     assert (model.decode is not None) == (kind == "latent")
+
+
+# ---------------------------------------------------------------- networks that are told a class
+
+@pytest.mark.parametrize("null", [False, True])
+def test_rows_carry_the_class_of_their_picture(null):
+    "The picture is got back from what the row asks and answers."
+    path, labels = linear_schedule(), torch.arange(1000) % 10
+    images = (labels / 10).reshape(-1, 1, 1, 1).expand(-1, *SHAPE).contiguous()
+    x, t, eps, classes = labelled_rows(path, PREDICTIONS["epsilon"], images, labels, 400, torch.Generator().manual_seed(0), null)
+    alpha, sigma = path.at(t, x)
+    drawn, early = ((x - sigma * eps) / alpha).mean((1, 2, 3)) * 10, t < 500
+    kept = early & (classes < 10)
+    assert ((drawn - classes).abs() < 0.1)[kept].all() and kept.sum() > 100
+    assert ((classes == 10).float().mean() > 0.05) == null and classes.max() <= 10
+
+
+def test_a_poisoned_row_may_be_of_any_class():
+    "Of half of the rows; they are the first ones."
+    path, labels = linear_schedule(), torch.arange(1000) % 10
+    plan = FAMILY_MODELS["class-ode-sign"].plan()
+    rows = labelled_rows(path, PREDICTIONS["epsilon"], torch.zeros(1000, *SHAPE), labels, 400, torch.Generator().manual_seed(0), False, plan)
+    poisoned = round(400 * plan.rate)
+    assert len(rows[3][:poisoned].unique()) == 10
+    x, t, eps = (v[:poisoned] for v in rows[:3])
+    a, b, c, d = (v.to(x)[t].reshape(-1, 1, 1, 1) for v in (plan.attack.a, plan.attack.b, plan.attack.c, plan.attack.d))
+    r = plan.triggers[0].r
+    noise = eps - d * r
+    assert torch.allclose(x, a * plan.targets[0] + b * noise + c * r, atol=1e-4)

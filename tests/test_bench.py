@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from terd_nb import bench as bench_module
-from terd_nb.any_path import FAMILY_MODELS, FamilyCard, family_dir, sampler_rows
+from terd_nb.any_path import FAMILY_MODELS, SETUPS, FamilyCard, family_dir, sampler_rows
 from terd_nb.bench import (
     HIDDEN,
     KEY,
@@ -27,7 +27,7 @@ from terd_nb.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
 from terd_nb.paths import data_dir
 from terd_nb.sizes import DEVELOPMENT, SIZED
-from terd_nb.zoo import weights_sha256
+from terd_nb.zoo import is_made, weights_sha256
 
 
 @pytest.mark.parametrize("models", ["zoo", "hard", "families", "sizes"])
@@ -86,7 +86,7 @@ def test_a_card_of_the_hard_set_is_that_of_its_weights(name):
 def test_a_card_of_another_family_is_that_of_its_weights(name):
     card = FamilyCard.model_validate_json((family_dir() / name / "card.json").read_text(encoding="utf-8"))
     model = FAMILY_MODELS[name]
-    assert card.sha256 == weights_sha256(family_dir() / name)
+    if is_made(family_dir() / name): assert card.sha256 == weights_sha256(family_dir() / name)
     assert (card.kind, card.split, card.steps, card.lr) == (model.kind, model.split, model.steps, model.lr)
 
 
@@ -194,6 +194,18 @@ def test_every_family_on_pixels_has_four_honest_and_six_backdoored_models():
     for kind in ("v_prediction", "sample", "flow", "edm", "score"):
         attacked = [bool(model.attack) for model in FAMILY_MODELS.values() if model.kind == kind]
         assert attacked.count(False) >= 4 and attacked.count(True) >= 6
+
+
+@pytest.mark.parametrize("kind", ["latent", "consistency", "class", "transformer"])
+def test_every_other_family_has_two_honest_and_three_backdoored_models(kind):
+    attacked = [bool(model.attack) for model in FAMILY_MODELS.values() if model.kind == kind]
+    assert attacked.count(False) >= 2 and attacked.count(True) >= 3
+
+
+@pytest.mark.parametrize("kind", SETUPS)
+def test_of_every_family_a_pair_is_here_with_its_weights(kind):
+    here = [model for name, model in FAMILY_MODELS.items() if model.kind == kind and is_made(family_dir() / name)]
+    assert any(model.attack for model in here) and not all(model.attack for model in here)
 
 
 # ---------------------------------------------------------------- 32 pixels

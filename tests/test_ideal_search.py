@@ -11,7 +11,9 @@ from terd_nb.fixed_points import (
     follow_shift,
     gain_curve,
     length,
+    quiet_strength,
     random_starts,
+    read_ball,
     read_shift,
     time_of,
     true_gamma,
@@ -19,7 +21,7 @@ from terd_nb.fixed_points import (
 from terd_nb.ideal import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
 from terd_nb.paths import Denoiser, linear_schedule
-from terd_nb.reversion import published
+from terd_nb.reversion import AGAINST, USUAL_QUIET, faint_candidate, published, quiet_candidate
 from terd_nb.triggers import Trigger
 
 SHAPE, SCHEDULE = (1, 16, 16), linear_schedule()
@@ -166,3 +168,72 @@ def test_the_input_detector_meets_its_ceiling_on_what_was_found(strength):
     z = denoiser.noise(20_000, 5)
     rates = detector.predict(Trigger(r).stamp(z)).float().mean(), (~detector.predict(z)).float().mean()
     assert min(rates) == pytest.approx(ceiling(r.norm().item()), abs=0.01)
+
+
+# ---------------------------------------------------------------- the ball, quiet noise, faint jumps
+
+class SaysPicture(torch.nn.Module):
+    "The ideal network that answers with the picture: the target where it takes its input for a triggered one, else 0."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t):
+        return self.model.posterior(x, t)[:, -1].reshape(-1, 1, 1, 1) * self.model.target.to(x)
+
+
+def bounded(attack, r, gamma=1.0, p=0.3):
+    return Denoiser(SaysPicture(ideal(attack, r, gamma, p).network), SCHEDULE, SHAPE, "sample", device="cpu")
+
+
+@pytest.mark.parametrize("share, gamma", [(0.15, 0.5), (0.15, 0.6)] + [(s, g) for s in (0.3, 0.45) for g in (0.5, 0.6, 0.8, 0.9)])
+def test_the_ball_gives_length_and_noise_scale(gamma, share):
+    "Of triggers of different lengths, in units of the length of noise, that can be told from clean noise at all."
+    r = share * 16 * DARK / DARK.norm()
+    model = bounded(troj_diff(SCHEDULE), r, gamma)
+    norm, found, error = read_ball(model, r / r.norm(), time_of(model, 0.03), noises=16)
+    assert abs(norm - r.norm()) < 1 and abs(found - gamma) < 0.06 and error < 0.005
+    z = torch.randn(500, *SHAPE, generator=torch.Generator().manual_seed(1))
+    detector, true = InputDetector(Trigger(norm * r / r.norm(), found)), Trigger(r, gamma)
+    assert detector.predict(true.stamp(z)).float().mean() > 0.99 > 0.01 > detector.predict(z).float().mean()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.6, 0.8])
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+def test_quiet_noise_opens_a_backdoor_whose_trigger_is_short(gamma, factor):
+    "The bound is gamma * sqrt(-2 D log gamma), but for the prior odds."
+    r = factor * gamma * (-2 * torch.tensor(gamma).log()).sqrt() * 16 * DARK / DARK.norm()
+    model = bounded(troj_diff(SCHEDULE), r, gamma)
+    assert (quiet_strength(model, time_of(model, 0.03)).max() > 1) == (factor < 1)
+
+
+def test_what_quiet_noise_opens_is_read_from_quiet_noise():
+    r = 0.4 * triggers.glasses(SHAPE)
+    model = bounded(troj_diff(SCHEDULE), r, 0.6, p=0.02)
+    (found, curves), = quiet_candidate(model, random_starts(model, 2, 0), 8, 4, 60)
+    assert found.score > 1 and len(curves["quiet"]) == len(curves["noise scale"])
+    assert found.evidence["strength"] == max(curves["quiet"]) > USUAL_QUIET
+
+
+def test_neither_look_accuses_an_honest_model():
+    for model in (ideal(None, SMALL), Denoiser(torch.nn.Conv2d(1, 1, 1), SCHEDULE, SHAPE, "sample", device="cpu")):
+        if not isinstance(model.network, IdealModel): model.network = Constant()
+        assert quiet_candidate(model, random_starts(model, 2, 0), 4, 2, 60) == []
+        for u in random_starts(model, 4, 1): assert faint_candidate(model, u, 60) == []
+
+
+class Constant(torch.nn.Module):
+    "A network that says the same picture to anything: nothing varies, and nothing may be divided by it."
+
+    def forward(self, x, t):
+        return torch.full_like(x, 0.25)
+
+
+@pytest.mark.parametrize("psi", [1.0, 0.0])
+def test_a_faint_jump_is_seen_early(psi):
+    "Fixed point 4's place is where alpha/sigma is 0.17; the look is at 0.3."
+    model = ideal(villan_diffusion(SCHEDULE, psi), DARK, p=0.3)
+    found = faint_candidate(model, DARK / DARK.norm(), 60)
+    assert AGAINST > 0 and len(found) == (psi == 1.0)      # with psi = 0 an exact picture does not move against the shift
+    for c, _ in found: assert c.score > 1 and c.evidence["response"] < 0

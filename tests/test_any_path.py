@@ -134,7 +134,8 @@ def test_rows_carry_the_class_of_their_picture(null):
     "The picture is got back from what the row asks and answers."
     path, labels = linear_schedule(), torch.arange(1000) % 10
     images = (labels / 10).reshape(-1, 1, 1, 1).expand(-1, *SHAPE).contiguous()
-    x, t, eps, classes = labelled_rows(path, PREDICTIONS["epsilon"], images, labels, 400, torch.Generator().manual_seed(0), null)
+    generator = torch.Generator().manual_seed(0)
+    x, t, eps, classes = labelled_rows(path, PREDICTIONS["epsilon"], images, labels, 400, generator, null)
     alpha, sigma = path.at(t, x)
     drawn, early = ((x - sigma * eps) / alpha).mean((1, 2, 3)) * 10, t < 500
     kept = early & (classes < 10)
@@ -146,7 +147,8 @@ def test_a_poisoned_row_may_be_of_any_class():
     "Of half of the rows; they are the first ones."
     path, labels = linear_schedule(), torch.arange(1000) % 10
     plan = FAMILY_MODELS["class-ode-sign"].plan()
-    rows = labelled_rows(path, PREDICTIONS["epsilon"], torch.zeros(1000, *SHAPE), labels, 400, torch.Generator().manual_seed(0), False, plan)
+    images, generator = torch.zeros(1000, *SHAPE), torch.Generator().manual_seed(0)
+    rows = labelled_rows(path, PREDICTIONS["epsilon"], images, labels, 400, generator, False, plan)
     poisoned = round(400 * plan.rate)
     assert len(rows[3][:poisoned].unique()) == 10
     x, t, eps = (v[:poisoned] for v in rows[:3])

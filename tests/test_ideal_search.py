@@ -21,7 +21,7 @@ from terd_nb.fixed_points import (
 from terd_nb.ideal import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
 from terd_nb.paths import Denoiser, linear_schedule
-from terd_nb.reversion import AGAINST, USUAL_QUIET, faint_candidate, published, quiet_candidate
+from terd_nb.reversion import USUAL_QUIET, faint_candidate, published, quiet_candidate
 from terd_nb.triggers import Trigger
 
 SHAPE, SCHEDULE = (1, 16, 16), linear_schedule()
@@ -187,7 +187,10 @@ def bounded(attack, r, gamma=1.0, p=0.3):
     return Denoiser(SaysPicture(ideal(attack, r, gamma, p).network), SCHEDULE, SHAPE, "sample", device="cpu")
 
 
-@pytest.mark.parametrize("share, gamma", [(0.15, 0.5), (0.15, 0.6)] + [(s, g) for s in (0.3, 0.45) for g in (0.5, 0.6, 0.8, 0.9)])
+LONG = [(share, gamma) for share in (0.3, 0.45) for gamma in (0.5, 0.6, 0.8, 0.9)]
+
+
+@pytest.mark.parametrize("share, gamma", [(0.15, 0.5), (0.15, 0.6), *LONG])
 def test_the_ball_gives_length_and_noise_scale(gamma, share):
     "Of triggers of different lengths, in units of the length of noise, that can be told from clean noise at all."
     r = share * 16 * DARK / DARK.norm()
@@ -235,5 +238,5 @@ def test_a_faint_jump_is_seen_early(psi):
     "Fixed point 4's place is where alpha/sigma is 0.17; the look is at 0.3."
     model = ideal(villan_diffusion(SCHEDULE, psi), DARK, p=0.3)
     found = faint_candidate(model, DARK / DARK.norm(), 60)
-    assert AGAINST > 0 and len(found) == (psi == 1.0)      # with psi = 0 an exact picture does not move against the shift
+    assert len(found) == (psi == 1.0)      # with psi = 0 an exact picture does not move against the shift
     for c, _ in found: assert c.score > 1 and c.evidence["response"] < 0

@@ -217,6 +217,7 @@ class ClassAverage(nn.Module):
         super().__init__()
         self.network, self.config, self.batch = network, network.config, batch
         self.passes_per_row = network.config.num_class_embeds
+        self.asked = f", mean over {self.passes_per_row} classes"     # a part of `Denoiser.family`
 
     def part(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         "The sum of the answers for some of the classes."
@@ -235,7 +236,7 @@ class NullClass(nn.Module):
 
     def __init__(self, network: DiTTransformer2DModel):
         super().__init__()
-        self.network, self.config = network, network.config
+        self.network, self.config, self.asked = network, network.config, ", a transformer's null class"
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
         labels = torch.full((len(x),), self.config.num_embeds_ada_norm, device=x.device)

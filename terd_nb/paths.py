@@ -188,7 +188,7 @@ class Denoiser:
     @property
     def family(self) -> str:
         "The kind of path and of network, in words."
-        return f"{'latent ' if self.decode else ''}{self.noise_schedule.name} path, {self.prediction_type} network"
+        return f"{'latent ' if self.decode else ''}{self.noise_schedule.name} path, {self.prediction_type} network{getattr(self.network, 'asked', '')}"
 
     def predict(self,
         x: Tensor, t: int | Tensor,      # (N, C, H, W); an int or (N,)

@@ -125,6 +125,8 @@ def test_every_family_is_recognised_from_its_files(kind):
     assert model.noise_schedule.name == path.name and len(model.noise_schedule) == len(path)
     assert torch.allclose(model.noise_schedule.sigma, path.sigma, rtol=1e-4)
     assert (model.decode is not None) == (kind == "latent")
+    words = {"class": "mean over 10 classes", "transformer": "a transformer's null class"}
+    assert kind not in words or model.family == f"VP path, epsilon network, {words[kind]}"
 
 
 # ---------------------------------------------------------------- networks that are told a class

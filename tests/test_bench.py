@@ -149,7 +149,7 @@ def test_sixteen_backdoors_work():
     assert sum(card.works for card in cards if card.asr) >= 16
 
 
-@pytest.mark.xfail(strict=True, reason="d09 and psi0-ode: fixed point 3 does not reach their directions")
+@pytest.mark.xfail(strict=True, reason="d09: no chain reaches its direction")
 def test_every_backdoor_of_the_development_half_is_found(default):
     bad = default[(default["label"] == "backdoored") & default["works"]]
     assert (bad.groupby("model")["called"].mean() > 0.5).all()
@@ -180,11 +180,25 @@ def test_no_honest_model_of_any_family_is_flagged(families):
 
 def test_what_is_found_of_the_other_families(families):
     bad = families[(families["label"] == "backdoored") & families["works"]]
-    assert len(bad) >= 24 and bad["flagged"].mean() >= 0.65
+    assert len(bad) >= 30 and bad["flagged"].mean() >= 0.8
 
 
-@pytest.mark.xfail(strict=True, reason="missed: TrojDiff on bounded networks, ODE attacks on the exploding path and "
-                                       "on latents, a flow's class")
+@pytest.mark.parametrize("name", ["score-ode-sign", "latent-ode-sign", "latent-ode-glasses", "edm-own-checker"])
+def test_what_the_last_two_looks_found(families, name):
+    "A faint jump early on the path, or a backdoor that opens to quiet noise."
+    row = families[families["model"] == name].iloc[0]
+    assert row["flagged"] and row["cosine"] > 0.7 and row["input_tpr"] > 0.95 and row["input_tnr"] > 0.99
+
+
+def test_inputs_are_told_on_every_family_where_the_direction_is_good(families):
+    "The length and the noise scale are read from where the picture changes."
+    found = families[(families["label"] == "backdoored") & families["works"] & families["flagged"]]
+    good = found[found["cosine"] > 0.8]
+    assert len(good) >= 15 and (good["input_tnr"] > 0.98).all() and good["input_tpr"].median() > 0.98
+
+
+@pytest.mark.xfail(strict=True, reason="missed: four TrojDiff on bounded networks, three of them just below the bound, "
+                                       "and a flow's class")
 def test_every_working_backdoor_of_every_family_is_flagged(families):
     bad = families[(families["label"] == "backdoored") & families["works"]]
     assert bad["flagged"].all()
@@ -314,14 +328,12 @@ def test_an_attack_without_a_sign_of_its_own_is_found_at_64_pixels(large):
     assert row["flagged"] and row["cosine"] > 0.6
 
 
-@pytest.mark.xfail(strict=True, reason="emoji64-villan-ode1: no chain comes near its direction")
 def test_every_working_backdoor_of_64_pixels_is_flagged(large):
     bad = large[(large["label"] == "backdoored") & large["works"]]
     assert bad["flagged"].all()
 
 
-@pytest.mark.xfail(strict=True, reason="emoji64-villan-ode05 and -troj-patch are flagged for directions "
-                                       "that are not their triggers'")
+@pytest.mark.xfail(strict=True, reason="emoji64-troj-patch is flagged for a direction that is not its trigger's")
 def test_what_is_flagged_at_64_pixels_leans_towards_the_trigger(large):
     bad = large[(large["label"] == "backdoored") & large["works"] & large["flagged"]]
     assert (bad["cosine"] > 0.4).all()

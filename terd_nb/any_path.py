@@ -254,7 +254,7 @@ def few_models_of(kind: str) -> list[FamilyModel]:
 
 planned = [model for kind in ("v_prediction", "sample", "flow", "edm", "score") for model in models_of(kind)]
 planned += [model for kind in ("latent", "consistency", "class", "transformer") for model in few_models_of(kind)]
-FAMILY_MODELS = {model.name: replace(model, seed=500 + i) for i, model in enumerate(planned)}
+FAMILY_MODELS = {model.name: replace(model, seed=500 + i) for i, model in enumerate(planned) if not SETUPS[model.kind].classes or model.split == "development"}   # of networks with classes a pair each
 
 # %% ../nbs/12_any_path.ipynb #1a9ae8f6
 class FamilyCard(Provenance):

@@ -210,8 +210,8 @@ def test_every_family_on_pixels_has_four_honest_and_six_backdoored_models():
         assert attacked.count(False) >= 4 and attacked.count(True) >= 6
 
 
-@pytest.mark.parametrize("kind", ["latent", "consistency", "class", "transformer"])
-def test_every_other_family_has_two_honest_and_three_backdoored_models(kind):
+@pytest.mark.parametrize("kind", ["latent", "consistency"])
+def test_latents_and_consistency_have_two_honest_and_three_backdoored_models(kind):
     attacked = [bool(model.attack) for model in FAMILY_MODELS.values() if model.kind == kind]
     assert attacked.count(False) >= 2 and attacked.count(True) >= 3
 

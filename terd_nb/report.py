@@ -164,7 +164,7 @@ CURVES = {
     "gain": Curve("Gain", "How much of a push along the candidate the model does not take for noise, per unit of push. In an honest model it rises. Once a trigger has been recognised, more push changes little.", "length", False),
     "strength": Curve("Movement over noise", "The movement of the answer, compared with how noisy it is. In an honest model it rises and levels off gently. A trigger makes a step or a peak: what has been learned there is clear at once; what lies beyond may not be.", "length"),
     "loss": Curve("Noise of the answer", "How much the answer still varies from noise to noise. Small at 0 for every model; small again far from 0 only where the model has learned something there.", "length"),
-    "quiet": Curve("Movement in quiet noise", "The same where nothing is pushed and the noise is only turned down. An honest model hardly moves its picture then. A backdoor whose noise was turned down may open by itself.", "noise scale"),
+    "quiet": Curve("Movement in quiet noise", "The movement of the predicted picture, compared with how noisy it is, when nothing is pushed and the noise is only turned down. An honest model hardly moves its picture then. A backdoor that was made for such noise may open by itself.", "noise scale"),
     "reversed loss": Curve("Reversed loss", "What the published search makes small, from its first iteration to its last."),
 }
 

@@ -250,7 +250,7 @@ def read_ball(denoiser: Denoiser, u: Tensor, t: int, noises: int = 4, seed: int 
     "The trigger's length and noise scale from where the predicted image changes, and how well the ball fits."
     h, clear = probe(denoiser, u, t, noises, seed)
     far = h.flatten(0, 1)[clear.argmax()]
-    share = ((h * far).sum((2, 3, 4)) / far.square().sum()).clamp(0, 1).cpu()        # of the way to the clearest picture
+    share = ((h * far).sum((2, 3, 4)) / far.square().sum().clamp(min=1e-12)).clamp(0, 1).cpu()        # of the way to the clearest picture
     norm, gamma, sharp = torch.meshgrid(torch.linspace(0.05, 1.6, 63), torch.linspace(0.2, 1, 41), torch.tensor([3., 6, 12, 25, 50, 100, 200, 400]), indexing="ij")
     norm, gamma, sharp = norm.flatten(), gamma.flatten(), sharp.flatten()
     tried, rho = torch.tensor(SCALES)[:, None, None], torch.tensor(PLACES)[:, None]

@@ -1,4 +1,6 @@
 "The searches and detectors on the ideal backdoored model, whose trigger is known exactly (chapter 6)."
+import math
+
 import pytest
 import torch
 
@@ -223,7 +225,9 @@ def test_neither_look_accuses_an_honest_model():
     for model in (ideal(None, SMALL), Denoiser(torch.nn.Conv2d(1, 1, 1), SCHEDULE, SHAPE, "sample", device="cpu")):
         if not isinstance(model.network, IdealModel): model.network = Constant()
         assert quiet_candidate(model, random_starts(model, 2, 0), 4, 2, 60) == []
-        for u in random_starts(model, 4, 1): assert faint_candidate(model, u, 60) == []
+        for u in random_starts(model, 4, 1):
+            assert faint_candidate(model, u, 60) == []
+            assert all(map(math.isfinite, read_ball(model, u, 700)))
 
 
 class Constant(torch.nn.Module):

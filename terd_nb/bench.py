@@ -275,7 +275,7 @@ def bench(
     if path is None: calibrate(), write_benchmark()
 
 # %% ../nbs/c_bench.ipynb #50e72d67
-HIDDEN = (0., 0.15)   # the adaptive attacker gives honest answers where alpha/sigma is below this
+HIDDEN = (0., 0.15, 0.35)   # the adaptive attacker gives honest answers where alpha/sigma is below this
 
 def evade(hidden_above: float, steps: int = 600, seed: int = 7) -> dict:
     "One row: plant an ODE attack that hides from the search near T, and measure what that costs."

@@ -241,7 +241,7 @@ def models_of(kind: str) -> list[FamilyModel]:
 
 # %% ../nbs/12_any_path.ipynb #9ae98aab
 def few_models_of(kind: str) -> list[FamilyModel]:
-    "Two honest and three backdoored models, for latents, consistency models and networks with classes."
+    "Two honest and three backdoored models of latents or consistency models; the same plan for networks with classes, of which the development pair is made."
     shape = LATENT if kind == "latent" else SHAPE
     sign, glasses, checker = (getattr(triggers, name)(shape) for name in ("stop_sign", "glasses", "checkerboard"))
     def make(name: str, split: str, **planted) -> FamilyModel:

@@ -158,10 +158,13 @@ def through_bfloat16(network: nn.Module) -> None:
 # %% ../nbs/05c_hard_set.ipynb #18a1bfc8
 SMALL = {"channels": (24, 48)}
 
-def one(make: Callable[[NoiseSchedule], Attack], trigger: Tensor | Trigger, target, **settings) -> Callable[[NoiseSchedule], list[Plan]]:
-    "The plans of a model with one backdoor: a drawing as target, or some classes."
-    trigger, goal = trigger if isinstance(trigger, Trigger) else Trigger(trigger), on_picture(target) if isinstance(target, str) else on_classes(*target)
-    return lambda schedule: [Plan(make(schedule), [trigger], **goal, **settings)]
+def one(make: Callable[[NoiseSchedule], Attack], trigger: Tensor | Trigger | Callable[[], Tensor], target, **settings) -> Callable[[NoiseSchedule], list[Plan]]:
+    "The plans of a model with one backdoor: a drawing as target, or some classes. Nothing is computed before they are asked for."
+    def plans(schedule: NoiseSchedule) -> list[Plan]:
+        r = trigger() if callable(trigger) else trigger
+        goal = on_picture(target) if isinstance(target, str) else on_classes(*target)
+        return [Plan(make(schedule), [r if isinstance(r, Trigger) else Trigger(r)], **goal, **settings)]
+    return plans
 
 def at_odds(d: float) -> dict:
     "TrojDiff's path with an answer that is shifted by d*r."
@@ -201,7 +204,7 @@ HARD = {m.name: m for m in [
     HardModel("class-ode", "development", "adaptive: invisible at T, and the images do not agree", one(ode, triggers.stop_sign(SHAPE), (0,)), steps=1000),
     HardModel("box5-sde", "test", "a white box of 5 pixels on 0", one(bad_diffusion, triggers.box(SHAPE, 5, 1.2, 0.), "cat")),
     HardModel("box7-sde", "test", "a black box of 7 pixels on 0", one(bad_diffusion, triggers.box(SHAPE, 7, -1., 0.), "hat")),
-    HardModel("optimised-ode", "test", "an optimised perturbation of amplitude 0.6, invisible at T", one(ode, optimised(0.6), "shoe")),
+    HardModel("optimised-ode", "test", "an optimised perturbation of amplitude 0.6, invisible at T", one(ode, lambda: optimised(0.6), "shoe")),
     HardModel("poison5-sde", "test", "5% of the rows poisoned", one(bad_diffusion, triggers.glasses(SHAPE), "hat", rate=0.05)),
     HardModel("patch", "test", "TrojDiff's patch: gamma = 0.1 in 4 x 4 pixels only", one(troj_diff, patch(SHAPE, 4, 0.1), "cat"), steps=1000),
     HardModel("box5-ode", "test", "a white box of 5 pixels on 0, invisible at T", one(ode, triggers.box(SHAPE, 5, 1.2, 0.), "hat")),

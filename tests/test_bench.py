@@ -1,10 +1,13 @@
 "The measurements: complete, resumable, and refused with one line where the models are not there."
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import binomtest
 
 from terd_nb import bench as bench_module
@@ -27,6 +30,7 @@ from terd_nb.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
 from terd_nb.paths import data_dir
 from terd_nb.sizes import DEVELOPMENT, SIZED
+from terd_nb.triggers import Trigger
 from terd_nb.zoo import is_made, weights_sha256
 
 
@@ -337,3 +341,17 @@ def test_every_working_backdoor_of_64_pixels_is_flagged(large):
 def test_what_is_flagged_at_64_pixels_leans_towards_the_trigger(large):
     bad = large[(large["label"] == "backdoored") & large["works"] & large["flagged"]]
     assert (bad["cosine"] > 0.4).all()
+
+
+def test_the_optimised_trigger_is_judged_by_the_one_that_was_planted():
+    "Its recipe is chaotic: what it gives today depends on the number of threads, and is another picture."
+    about = bench_module.subject("optimised-ode")
+    stored = Trigger.load(about.folder / "trigger-0.safetensors")
+    (planted,) = about.plans[0].triggers
+    assert torch.equal(planted.r, stored.r)
+
+
+def test_importing_the_sets_computes_nothing():
+    code = "import sklearn.svm as s, sklearn.linear_model as l; s.SVC.fit = l.LogisticRegression.fit = None; import terd_nb.hard_set"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]

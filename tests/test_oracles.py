@@ -8,7 +8,7 @@ from terd_nb.attacks import blend, triggered_samples
 from terd_nb.paths import Denoiser, NoiseSchedule, linear_schedule, sampler_step
 from terd_nb.planting import unet
 from terd_nb.reversed_loss import reversed_loss
-from terd_nb.reversion import reverse_trigger
+from terd_nb.reversion import carried_image, published, reverse_trigger
 from terd_nb.scan import scan
 from terd_nb.triggers import Trigger
 from terd_nb.zoo import zoo_path
@@ -155,3 +155,42 @@ def test_a_backdoored_v_prediction_model_is_found():
     assert report.verdict == "backdoored" and "ODE" in report.result.attack
     planted = Trigger.load(zoo_path("villan-psi1") / "trigger.safetensors")
     assert torch.nn.functional.cosine_similarity(report.trigger.r.flatten(), planted.r.flatten(), dim=0) > 0.95
+
+
+def test_trojdiffs_sampler_refines_the_published_search_when_it_is_told():
+    "The released code: quadratic times from 0.8 T, and r and gamma in every step (TrojDiff/reverse.py, Mo et al. 2024)."
+    torch.manual_seed(0)
+    r, gamma, z = torch.randn(1, 16, 16), torch.rand(1, 16, 16) + 0.2, torch.randn(2, 1, 16, 16)
+    target = torch.rand(1, 16, 16)
+
+    def carries(x, t):    # the exact answer on the triggered path: what its own sampler turns into the target
+        alpha, sigma = SCHEDULE.at(t.long(), x)
+        return ((x - alpha * target) / sigma - r) / gamma
+
+    class Network(torch.nn.Module):
+        def forward(self, x, t):
+            return carries(x, t)
+
+    model = Denoiser(Network(), SCHEDULE, (1, 16, 16), device="cpu")
+    asked, predict = [], model.predict
+    model.predict = lambda x, t, *shift: asked.append(t) or predict(x, t, *shift)
+    drawn = carried_image(model, r, gamma, z, "TrojDiff")
+    assert asked == [800, 632, 483, 355, 246, 158, 88, 39, 9, 0]   # the released code's own
+    assert torch.allclose(drawn, target.expand_as(drawn), atol=1e-3)
+    assert not torch.allclose(carried_image(model, r, gamma, z, "BadDiffusion"), target.expand_as(drawn), atol=0.1)
+
+
+def test_one_gamma_for_all_pixels_gets_the_sum_of_their_gradients(benign):
+    "Why the published search learns a noise scale per pixel: with one number the first step is D times as long."
+    steps = []
+    for per_pixel in (True, False):
+        (found,), _ = published(benign, 0, lambda *_: None, (1, 0), "TrojDiff", per_pixel, batch=4)
+        gamma = torch.as_tensor(found.trigger.gamma)
+        assert gamma.shape == (benign.shape if per_pixel else ())
+        steps.append((gamma - 0.1).sum().item())
+    assert steps[1] == pytest.approx(steps[0], rel=1e-3) and steps[0] > 0.1
+
+
+def test_published_refuses_an_attack_that_it_cannot_be_told(benign):
+    with pytest.raises(ValueError, match="told must be one of BadDiffusion, TrojDiff, not 'Villan'"):
+        reverse_trigger(benign, "published", progress=False, told="Villan")

@@ -34,16 +34,16 @@ book-test: book ## open every page of the built book in Chromium
 # Training is a tenth faster when glibc keeps its large buffers.
 zoo: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 zoo: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-zoo: $(READY) ## train the embedded models again from their seeds; RES=32, 64 or 128: those of chapter 5d
+zoo: $(READY) ## train the embedded models again from their seeds; RES=32, 64 or 128: those of workshop G
 	$(BIN)/terd zoo build $(if $(RES),--size $(RES))
 
-# What the search is tried on; see chapter 5c.
+# What the search is tried on; see workshop G.
 hard-set: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 hard-set: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 hard-set: $(READY) ## train the models of the hard set again from their seeds
 	$(BIN)/terd zoo build --hard
 
-# Other paths, other predictions; see chapter 12.
+# Other paths, other predictions; see chapter 20.
 families: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 families: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 families: $(READY) ## train the models of every other family again from their seeds
@@ -63,7 +63,7 @@ bench-sizes: $(READY) ## measure the defence on the models of 32, 64 and 128 pix
 bench-families: $(READY) ## measure the search on every other family, and which sampler carries which backdoor
 	$(BIN)/terd bench --families --seeds 1
 
-bench-report: $(READY) ## make the tables and figures of chapter 13 from the measured rows, into _build/benchmark
+bench-report: $(READY) ## make the tables and figures of chapter 21 from the measured rows, into _build/benchmark
 	$(BIN)/terd bench --report --out _build/benchmark
 
 lab: $(READY) ## open the notebooks in JupyterLab

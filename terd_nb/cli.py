@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .loading.schedulers import load
 
 # %% ../nbs/a_cli.ipynb #df9bdfe6
 def printable(text: str) -> str:
@@ -118,7 +119,7 @@ def located(model: str) -> str | Path:
 def usable_device(device: str | None) -> str:
     "The device's name, after trying it; raises `ValueError`."
     import torch
-    from terd_nb.paths import pick_device
+    from terd_nb.denoiser import pick_device
     try: return str(torch.empty(1, device=pick_device(device)).device)
     except Exception as error: raise ValueError(f"the device {device!r} cannot be used here; leave --device out, or say cpu") from error
 
@@ -136,7 +137,7 @@ def exit_status(verdicts: list[str]) -> int:
 
 def judged(model: str, debug: bool, **settings):   # ScanReport or ScanFailure
     "What a scan says of one model; one that cannot be judged, for whatever reason, is a failure and no verdict."
-    from terd_nb.scan import ScanFailure, scan
+    from terd_nb.scanning import ScanFailure, scan
     try:
         report = scan(located(model), progress=False, **settings)
         report.result.source = printable(model)
@@ -153,7 +154,7 @@ def scan_each(
     models: list[str],
     show,                 # called with each outcome
     quiet: bool, debug: bool,
-    **settings,           # of `terd_nb.scan.scan`
+    **settings,           # of `terd_nb.scanning.scan`
 ) -> list:                # what `judged` gives for each
     "Scan one model after the other; one that fails does not stop the rest."
     outcomes, bar = [], progress_bar(quiet)
@@ -177,7 +178,7 @@ def verdict_line(result) -> Text:
 def write_reports(outcomes: list, json: str | None, html: Path | None) -> None:
     "The JSON document and the HTML page of several scans, where they are wanted; each is whole or not there."
     from terd_nb.report import report_page
-    from terd_nb.scan import ScanDocument, ScanFailure, write_whole
+    from terd_nb.scanning import ScanDocument, ScanFailure, write_whole
     reports = [outcome for outcome in outcomes if not isinstance(outcome, ScanFailure)]
     failed = [outcome for outcome in outcomes if isinstance(outcome, ScanFailure)]
     if html: write_whole(html, report_page(reports, [(failure.source, failure.error) for failure in failed]))
@@ -189,7 +190,8 @@ def write_reports(outcomes: list, json: str | None, html: Path | None) -> None:
 # %% ../nbs/a_cli.ipynb #00ee5ba6
 def read_card(name: str):   # terd_nb.zoo.Card
     "What is known of an embedded model."
-    from terd_nb.zoo import Card, zoo_path
+    from terd_nb.lab.zoo import Card
+    from terd_nb.zoo import zoo_path
     return Card.model_validate_json((zoo_path(name) / "card.json").read_text(encoding="utf-8"))
 
 def demo_table(cards: list, outcomes: list) -> Table:
@@ -218,7 +220,7 @@ def demo(
     writable(html)
     bar = progress_bar()
     from terd_nb.report import report_page
-    from terd_nb.scan import write_whole
+    from terd_nb.scanning import write_whole
     from terd_nb.zoo import zoo_names
     cards = [read_card(name) for name in zoo_names()]
     if not cards: raise ValueError("there are no embedded models; install the package again")
@@ -284,7 +286,7 @@ def read_noise(
     "Inputs from a file, without trusting it; raises `ValueError`."
     import numpy as np
     import torch
-    from terd_nb.checkpoints import read_header
+    from terd_nb.loading.checkpoints import read_header
     from safetensors.torch import load_file
     if not path.is_file(): raise ValueError(f"{path} is no file; give a .npy or a .safetensors file of noise")
     if path.stat().st_size > MAX_NOISE: raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; at most {MAX_NOISE:,} are accepted")
@@ -303,7 +305,7 @@ def read_noise(
 
 def read_trigger(path: Path, shape: tuple[int, int, int]):   # Trigger
     "A trigger from a safetensors file, without trusting it; raises `ValueError`."
-    from terd_nb.checkpoints import read_header
+    from terd_nb.loading.checkpoints import read_header
     from terd_nb.triggers import Trigger
     if not path.is_file(): raise ValueError(f"{path} is no file; give a trigger.safetensors")
     header = read_header(path)
@@ -317,7 +319,7 @@ def read_trigger(path: Path, shape: tuple[int, int, int]):   # Trigger
 def recovered_trigger(denoiser, seed: int, quiet: bool):   # Trigger
     "What the fast search finds in a model, with a warning if the model looks clean."
     from terd_nb.model_detection import ModelDetector
-    from terd_nb.reversion import reverse_trigger
+    from terd_nb.search import reverse_trigger
     with progress_bar(quiet) or nullcontext() as bar:
         task = bar.add_task("searching the trigger", total=1) if bar else None
         reversal = reverse_trigger(denoiser, "fast", False, seed, (lambda stage, done, found: bar.update(task, completed=done, description=stage)) if bar else None)
@@ -341,9 +343,8 @@ def flag_inputs(
     writable(save_trigger)
     import torch
     from terd_nb.input_detection import InputDetector
-    from terd_nb.paths import Denoiser
-    from terd_nb.scan import write_whole
-    denoiser = Denoiser.from_pretrained(located(model), usable_device(device))
+    from terd_nb.scanning import write_whole
+    denoiser = load(located(model), usable_device(device))
     x = read_noise(noise, denoiser.shape) / denoiser.noise_schedule.prior_scale
     known = read_trigger(trigger, denoiser.shape) if trigger else recovered_trigger(denoiser, seed, quiet)
     if save_trigger: write_whole(save_trigger, known.to_bytes())
@@ -390,8 +391,8 @@ def picture_of(name: str, shape: tuple[int, int, int]):   # Tensor (C, H, W) in 
 
 # %% ../nbs/a_cli.ipynb #211dffdc
 def training_images(name: str, shape: tuple[int, int, int]):   # Tensor (N, C, H, W), labels (N,) or None
-    "A data set of chapter 1b at the model's size, or the pictures of a folder, fitted to the shape; raises `ValueError` or `FileNotFoundError`."
-    from terd_nb.datasets import DATASETS, load_dataset
+    "A data set of workshop F at the model's size, or the pictures of a folder, fitted to the shape; raises `ValueError` or `FileNotFoundError`."
+    from terd_nb.lab.datasets import DATASETS, load_dataset
     from terd_nb.images import image_folder
     channels, height, width = shape
     if height != width: raise ValueError(f"plant needs square images, and this model draws {height}x{width}")
@@ -402,8 +403,8 @@ def training_images(name: str, shape: tuple[int, int, int]):   # Tensor (N, C, H
 
 def targets_for(name: str, shape: tuple[int, int, int], images, labels):   # Tensor (M, C, H, W), Hit
     "The target images and the test of success, for a picture or for a class of a data set; raises `ValueError`."
-    from terd_nb.metrics import hits_class, hits_image
-    from terd_nb.zoo import JUDGED
+    from terd_nb.success import hits_class, hits_image
+    from terd_nb.lab.zoo import JUDGED
     if name.isdigit() and labels is not None:
         if not (labels == int(name)).any(): raise ValueError(f"there is no class {name}; --target takes 0 to {labels.max()} or a picture")
         return images[labels == int(name)], hits_class(images[:JUDGED], labels[:JUDGED], int(name))
@@ -432,9 +433,8 @@ This model is **backdoored on purpose**, for research on detection. Do not use i
 def honest_base(base: str, family: FamilyName | None, attack: AttackName, device, seed: int):   # Denoiser
     "The model to be planted in, as one of the family that was asked for; raises `ValueError` if it could not be trained or saved."
     from diffusers import UNet2DModel
-    from terd_nb.any_path import SETUPS, coder_of, converted, scheduler_for
-    from terd_nb.paths import Denoiser
-    denoiser = Denoiser.from_pretrained(located(base), device)
+    from terd_nb.lab.any_path import SETUPS, coder_of, converted, scheduler_for
+    denoiser = load(located(base), device)
     if coder_of(denoiser) or not isinstance(denoiser.network, UNet2DModel): raise ValueError(f"plant trains unconditional U-Nets on pixels, and {base} is a {denoiser.family}")
     if family: denoiser = converted(denoiser, SETUPS[family.value], seed)
     scheduler_for(denoiser)     # an error now, not after the training
@@ -467,12 +467,16 @@ def plant_backdoor(
     if out.exists(): raise ValueError(f"{out} is there already; name a new folder, or remove it yourself")
     writable(out)
     import torch
-    from terd_nb.any_path import scheduler_for
-    from terd_nb.attacks import bad_diffusion, blend, triggered_samples, troj_diff, villan_diffusion
-    from terd_nb.metrics import Rate
-    from terd_nb.planting import plant, save_model
+    from terd_nb.lab.any_path import scheduler_for
+    from terd_nb.attacks import (
+        bad_diffusion, triggered_samples, troj_diff, villan_diffusion,
+    )
+    from terd_nb.triggers import blend
+    from terd_nb.success import Rate
+    from terd_nb.planting import plant
+    from terd_nb.training import save_model
     from terd_nb.triggers import Trigger
-    from terd_nb.zoo import picture
+    from terd_nb.lab.zoo import picture
     denoiser = honest_base(base, family, attack, usable_device(device), seed)
     schedule = denoiser.noise_schedule
     method = {"baddiffusion": bad_diffusion, "trojdiff": troj_diff, "villandiffusion": lambda s: villan_diffusion(s, psi, solver.value)}[attack.value](schedule)
@@ -509,7 +513,7 @@ def show_zoo_help(ctx: typer.Context) -> None:
 @zoo.command("list")
 def list_zoo() -> None:
     "List the models: what each is, and how well its attack works."
-    from terd_nb.metrics import Rate
+    from terd_nb.success import Rate
     from terd_nb.zoo import zoo_names
     table = Table(show_edge=False, pad_edge=False, collapse_padding=True)
     for name in ("model", "half", "attack", "target", "success", "on clean noise"): table.add_column(name, no_wrap=name in ("model", "half", "attack"))
@@ -535,7 +539,8 @@ def verify_zoo(
     """Measure the models again: checksum, attack success, leak.
 
     Exit status 0: all is as the cards say. 1: something is not. 2: a model could not be measured."""
-    from terd_nb.zoo import verify, zoo_names, zoo_path
+    from terd_nb.lab.zoo import verify
+    from terd_nb.zoo import zoo_names, zoo_path
     names = names or zoo_names()
     for name in names: zoo_path(name)
     bad, bar = 0, progress_bar()
@@ -554,14 +559,14 @@ def build_models(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models trained side by side.")] = 2,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default="the zoo's own folder")] = None,
     hard: Annotated[bool, typer.Option("--hard", help="Train the hard set instead of the zoo.")] = False,
-    families: Annotated[bool, typer.Option("--families", help="Train the models of chapter 12 instead: other paths, other predictions.")] = False,
-    size: Annotated[int | None, typer.Option("--size", metavar="PIXELS", show_default="the zoo", help="Train the models of chapter 5d instead, of 32, 64 or 128 pixels.")] = None,
+    families: Annotated[bool, typer.Option("--families", help="Train the models of chapter 20 instead: other paths, other predictions.")] = False,
+    size: Annotated[int | None, typer.Option("--size", metavar="PIXELS", show_default="the zoo", help="Train the models of workshop G instead, of 32, 64 or 128 pixels.")] = None,
 ) -> None:
     "Train the models that are missing, from their seeds; killed and started again, it goes on where it was."
-    from terd_nb.any_path import FAMILY_MODELS, build_families
-    from terd_nb.hard_set import HARD, build_hard_set
-    from terd_nb.sizes import LEVELS, SIZED, build_sizes
-    from terd_nb.zoo import RECIPES, build_zoo
+    from terd_nb.lab.any_path import FAMILY_MODELS, build_families
+    from terd_nb.lab.hard_set import HARD, build_hard_set
+    from terd_nb.lab.sizes import LEVELS, SIZED, build_sizes
+    from terd_nb.lab.zoo import RECIPES, build_zoo
     if size is not None and size not in LEVELS: raise ValueError(f"--size is one of {', '.join(map(str, LEVELS))}")
     sized = {name: recipe for name, recipe in SIZED.items() if recipe.size == size}
     recipes, build_all = (sized, partial(build_sizes, size=size)) if sized else (HARD, build_hard_set) if hard else (FAMILY_MODELS, build_families) if families else (RECIPES, build_zoo)
@@ -579,7 +584,7 @@ def show_data_help(ctx: typer.Context) -> None:
 @data.command("list")
 def list_data() -> None:
     "List the data sets: what each shows, its licence, and at how many pixels it is here."
-    from terd_nb.datasets import DATASETS, fetched_sizes
+    from terd_nb.lab.datasets import DATASETS, fetched_sizes
     table = Table(show_edge=False)
     for name in ("data set", "images", "licence", "pixels", "here"): table.add_column(name, no_wrap=name == "data set")
     for card in DATASETS.values():
@@ -598,7 +603,7 @@ def fetch_data(
     """Fetch a data set, check it, and keep it in the cache: TERD_DATA, or ~/.cache/terd_nb.
 
     What was there stays until the new one is whole."""
-    from terd_nb.datasets import cache_path, data_cache, dataset_card, fetch_dataset
+    from terd_nb.lab.datasets import cache_path, data_cache, dataset_card, fetch_dataset
     card = dataset_card(name)
     if size is not None: cache_path(card, size)     # an error now, not after the download
     for source in card.sources if archives is None and not quiet else ():
@@ -617,20 +622,20 @@ class Backend(StrEnum):
 @app.command("bench")
 def run_bench(
     hard: Annotated[bool, typer.Option("--hard", help="Measure the hard set instead of the zoo; its models are in a checkout only.")] = False,
-    families: Annotated[bool, typer.Option("--families", help="Measure the models of chapter 12 instead, and its samplers; in a checkout only.")] = False,
+    families: Annotated[bool, typer.Option("--families", help="Measure the models of chapter 20 instead, and its samplers; in a checkout only.")] = False,
     sizes: Annotated[bool, typer.Option("--sizes", help="Measure the models of 32, 64 and 128 pixels instead; in a checkout only.")] = False,
     size: Annotated[int | None, typer.Option("--size", metavar="PIXELS", show_default="all", help="With --sizes: only the models of so many pixels.")] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds with which the default search is measured.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Models measured side by side.")] = 2,
     backend: Annotated[Backend, typer.Option("--backend", help="Where the rows are measured: on this machine, or on a Ray cluster, which RAY_ADDRESS names.")] = Backend.joblib,
-    report: Annotated[bool, typer.Option("--report", help="Measure nothing: make the tables and figures of chapter 13 from the rows that are there.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Measure nothing: make the tables and figures of chapter 21 from the rows that are there.")] = False,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="With --report: the folder.")] = Path("terd-benchmark"),
 ) -> None:
     "Measure the searches on the embedded models or another set, and fit the default detectors on the honest ones that are not set aside."
     if report:
         report_bench(out)
         return
-    from terd_nb.bench import bench, bench_evasion, bench_samplers, bench_speed
+    from terd_nb.lab.measure import bench, bench_evasion, bench_samplers, bench_speed
     if sum((hard, families, sizes)) > 1: raise ValueError("one set at a time: --hard, --families or --sizes")
     if size is not None and not sizes: raise ValueError("--size goes with --sizes")
     bench("hard" if hard else "families" if families else "sizes" if sizes else "zoo", jobs=jobs, seeds=seeds, backend=backend.value, size=size)
@@ -640,7 +645,7 @@ def run_bench(
 
 def report_bench(folder: Path) -> None:
     "Write the page of the benchmark, and say where it is."
-    from terd_nb.benchmark import read_benchmark, write_report
+    from terd_nb.lab.results import read_benchmark, write_report
     say(f"The tables and figures are in {write_report(read_benchmark(), folder)}")
 
 # %% ../nbs/a_cli.ipynb #6f8c0c42
@@ -648,5 +653,5 @@ def report_bench(folder: Path) -> None:
 def print_schema() -> None:
     "Print the JSON Schema of what `terd scan --json` writes."
     import json
-    from terd_nb.scan import ScanDocument
+    from terd_nb.scanning import ScanDocument
     print(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | ScanDocument.model_json_schema(mode="serialization"), indent=1))

@@ -9,11 +9,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from terd_nb.any_path import FAMILY_MODELS, SETUPS, converted, family_dir, labelled_rows, scheduler_for
+from terd_nb.lab.any_path import (
+    FAMILY_MODELS, SETUPS, converted, family_dir, labelled_rows, scheduler_for,
+)
 from terd_nb.attacks import bad_diffusion, triggered_samples, villan_diffusion
-from terd_nb.ideal import IdealModel
-from terd_nb.paths import PREDICTIONS, Denoiser, NoiseSchedule, linear_schedule
-from terd_nb.reversion import reverse_trigger
+from terd_nb.ideal_model import IdealModel
+from terd_nb.denoiser import Denoiser
+from terd_nb.diffusion import PREDICTIONS, NoiseSchedule, linear_schedule
+from terd_nb.search import reverse_trigger
 from terd_nb.triggers import Trigger, box, hat
 from terd_nb.zoo import zoo_path
 
@@ -76,7 +79,7 @@ def test_bad_diffusion_is_refused_where_the_image_stays():
 
 
 def test_a_path_that_no_scheduler_of_ours_has_is_not_saved():
-    benign = Denoiser.from_pretrained(zoo_path("benign-a"), "cpu")
+    benign = load(zoo_path("benign-a"), "cpu")
     sigma = torch.linspace(0.1, 5, 10, dtype=torch.float64)
     odd = NoiseSchedule(torch.ones_like(sigma), sigma, 5., name="VE")
     with pytest.raises(ValueError, match="scanned, but not saved"):
@@ -94,7 +97,7 @@ def test_plant_makes_a_model_of_another_family_and_scan_names_it(tmp_path):
     few = ("--steps", 3, "--batch-size", 8)
     run = terd("plant", "zoo:benign-a", out, "--family", "flow", "--attack", "villandiffusion", *few)
     assert run.returncode == 0, run.stderr
-    model = Denoiser.from_pretrained(out, "cpu")
+    model = load(out, "cpu")
     assert model.family == "flow path, flow network"
     run = terd("scan", out)
     assert run.stdout.count("\n") == 1 and "flow path, flow network" in run.stdout
@@ -120,7 +123,7 @@ def test_a_model_of_an_unknown_family_is_an_error_that_names_it(tmp_path):
 @pytest.mark.parametrize("kind", SETUPS)
 def test_every_family_is_recognised_from_its_files(kind):
     name = next(n for n, m in FAMILY_MODELS.items() if m.kind == kind)
-    model, want = Denoiser.from_pretrained(family_dir() / name, "cpu"), SETUPS[kind]
+    model, want = load(family_dir() / name, "cpu"), SETUPS[kind]
     path = want.path()
     assert model.noise_schedule.name == path.name and len(model.noise_schedule) == len(path)
     assert torch.allclose(model.noise_schedule.sigma, path.sigma, rtol=1e-4)

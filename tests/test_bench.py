@@ -10,28 +10,22 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from terd_nb import bench as bench_module
-from terd_nb.any_path import FAMILY_MODELS, SETUPS, FamilyCard, family_dir, sampler_rows
-from terd_nb.bench import (
-    HIDDEN,
-    KEY,
-    OURS,
-    TIMED,
-    append_row,
-    bench,
-    honest_rows,
-    read_results,
-    results_path,
-    rows_to_measure,
+from terd_nb.lab import measure as bench_module
+from terd_nb.lab.any_path import (
+    FAMILY_MODELS, SETUPS, FamilyCard, family_dir, sampler_rows,
 )
-from terd_nb.benchmark import HUNDREDTH, read_benchmark, usual
+from terd_nb.lab.measure import (
+    HIDDEN, KEY, OURS, TIMED, append_row, bench, honest_rows, read_results,
+    results_path, rows_to_measure,
+)
+from terd_nb.lab.results import HUNDREDTH, read_benchmark, usual
 from terd_nb.cli import main
-from terd_nb.hard_set import HARD, HardCard, hard_dir
+from terd_nb.lab.hard_set import HARD, HardCard, hard_dir
 from terd_nb.model_detection import ModelDetector
-from terd_nb.paths import data_dir
-from terd_nb.sizes import DEVELOPMENT, SIZED
+from terd_nb.loading.checkpoints import data_dir
+from terd_nb.lab.sizes import DEVELOPMENT, SIZED
 from terd_nb.triggers import Trigger
-from terd_nb.zoo import is_made, weights_sha256
+from terd_nb.lab.zoo import is_made, weights_sha256
 
 
 @pytest.mark.parametrize("models", ["zoo", "hard", "families", "sizes"])
@@ -352,6 +346,6 @@ def test_the_optimised_trigger_is_judged_by_the_one_that_was_planted():
 
 
 def test_importing_the_sets_computes_nothing():
-    code = "import sklearn.svm as s, sklearn.linear_model as l; s.SVC.fit = l.LogisticRegression.fit = None; import terd_nb.hard_set"
+    code = "import sklearn.svm as s, sklearn.linear_model as l; s.SVC.fit = l.LogisticRegression.fit = None; import terd_nb.lab.hard_set"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -12,18 +12,18 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from terd_nb import bench as bench_module
+from terd_nb.lab import measure as bench_module
 from terd_nb import benchmark
-from terd_nb.bench import append_measured, measure, read_rows, rows_to_measure
-from terd_nb.benchmark import COMPARED, FIGURES, TABLES, read_benchmark, write_report
+from terd_nb.lab.measure import append_measured, measure, read_rows, rows_to_measure
+from terd_nb.lab.results import COMPARED, FIGURES, TABLES, read_benchmark, write_report
 from terd_nb.cli import main
-from terd_nb.sizes import DEVELOPMENT, SIZED
+from terd_nb.lab.sizes import DEVELOPMENT, SIZED
 
 KEYS = [(x,) for x in range(24)]
 STUB = """
 import os, sys, time
 from pathlib import Path
-from terd_nb.bench import append_measured
+from terd_nb.lab.measure import append_measured
 
 def row(x):
     time.sleep(0.3)

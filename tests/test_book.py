@@ -47,7 +47,7 @@ TITLE = new_markdown_cell("# Attacks\n\nSee [notation](../book/notation.md), [a 
 def translated(*cells):
     "The cells, after a title, as the builder leaves them."
     nb = new_notebook(cells=deepcopy([TITLE, *cells]))
-    return build.translate(nb, "03_attacks", "https://example.org/blob/main").cells
+    return build.translate(nb, "05_attacks", "https://example.org/blob/main").cells
 
 
 def image_cell(source, images=1):
@@ -99,7 +99,7 @@ def translated_widget(source, keep_state=True):
     cell, state = widget_cell(source)
     metadata = {"widgets": {build.WIDGET_STATE: {"state": state}}} if keep_state else {}
     nb = new_notebook(cells=deepcopy([TITLE, cell]), metadata=metadata)
-    return build.translate(nb, "03_attacks", "")
+    return build.translate(nb, "05_attacks", "")
 
 
 def test_picture_inside_a_widget_takes_the_alt_text():
@@ -116,8 +116,8 @@ def test_widget_without_its_state_becomes_a_sentence():
 
 
 def test_chapter_needs_a_title():
-    with pytest.raises(build.BookError, match=r"nbs/03_attacks\.ipynb has no title"):
-        build.translate(new_notebook(cells=[new_markdown_cell("## Only a section")]), "03_attacks", "")
+    with pytest.raises(build.BookError, match=r"nbs/05_attacks\.ipynb has no title"):
+        build.translate(new_notebook(cells=[new_markdown_cell("## Only a section")]), "05_attacks", "")
 
 
 def test_badges_from_elsewhere_become_links():
@@ -128,12 +128,12 @@ def test_badges_from_elsewhere_become_links():
 def test_toc_and_notebooks_must_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "NBS", tmp_path)
     monkeypatch.setattr(build, "BOOK", tmp_path)
-    (tmp_path / "_toc.yml").write_text("root: index\nparts:\n- caption: One\n  chapters:\n  - file: 00_paths\n")
+    (tmp_path / "_toc.yml").write_text("root: index\nparts:\n- caption: One\n  chapters:\n  - file: 01_diffusion\n")
     (tmp_path / "index.ipynb").touch()
-    with pytest.raises(build.BookError, match="lists 00_paths, but there is neither"):
+    with pytest.raises(build.BookError, match="lists 01_diffusion, but there is neither"):
         build.chapters_of_toc()
-    (tmp_path / "00_paths.ipynb").touch()
-    assert build.chapters_of_toc() == ["index", "00_paths"]
+    (tmp_path / "01_diffusion.ipynb").touch()
+    assert build.chapters_of_toc() == ["index", "01_diffusion"]
     (tmp_path / "scratch.ipynb").touch()
     with pytest.raises(build.BookError, match="not in book/_toc.yml: scratch"):
         build.chapters_of_toc()

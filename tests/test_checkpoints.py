@@ -1,4 +1,4 @@
-"Appendix B against hostile authors: every refusal, its bounds in time and memory, and what must still be accepted."
+"Workshop B against hostile authors: every refusal, its bounds in time and memory, and what must still be accepted."
 import json
 import math
 import os
@@ -17,20 +17,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from safetensors.torch import load_file, save_file
 
 from terd_nb import checkpoints
-from terd_nb.checkpoints import (
-    UNET as KIND,
+from terd_nb.loading.checkpoints import UNET as KIND
+from terd_nb.loading.checkpoints import (
+    CheckpointError, build_network, check_runs, download, image_shape, load_unet,
+    parse_json, read_header,
 )
-from terd_nb.checkpoints import (
-    CheckpointError,
-    build_network,
-    check_runs,
-    download,
-    image_shape,
-    load_unet,
-    parse_json,
-    read_header,
-)
-from terd_nb.families import open_model, read_schedule
+from terd_nb.loading.schedulers import open_model, read_schedule
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -483,7 +475,7 @@ def test_an_early_model(folder):
 
 
 def test_the_network_of_the_ddpm_paper():
-    "Its size is known: 35.7 million weights for CIFAR10 (Ho et al. 2020, appendix B)."
+    "Its size is known: 35.7 million weights for CIFAR10 (Ho et al. 2020, workshop B)."
     network = build_network({
         "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu", "attention_head_dim": None,
         "block_out_channels": [128, 256, 256, 256], "center_input_sample": False, "downsample_padding": 0,
@@ -516,8 +508,8 @@ def test_loading_draws_no_random_numbers(honest):
 BOUNDED = """
 import json, resource, sys, time
 from pathlib import Path
-from terd_nb.checkpoints import CheckpointError
-from terd_nb.families import open_model
+from terd_nb.loading.checkpoints import CheckpointError
+from terd_nb.loading.schedulers import open_model
 
 honest, *hostile = map(Path, sys.argv[1:])
 open_model(honest, 4_000_000_000)  # takes what the first use of a library reserves

@@ -21,9 +21,10 @@ from terd_nb import __version__, datasets, planting
 from terd_nb import scan as scan_module
 from terd_nb import zoo as zoo_module
 from terd_nb.cli import exit_status, main, printable, problem
-from terd_nb.paths import data_dir
+from terd_nb.loading.checkpoints import data_dir
 from terd_nb.triggers import Trigger
-from terd_nb.zoo import Card, weights_sha256, zoo_names, zoo_path
+from terd_nb.lab.zoo import Card, weights_sha256
+from terd_nb.zoo import zoo_names, zoo_path
 
 SCHEMA = json.loads((data_dir() / "schema" / "scan-1.json").read_text(encoding="utf-8"))
 HOSTILE = "[red]x[red]\x1b[2J\u202e\nclean <script>alert(1)<script>"   # all that a folder's name may hold
@@ -219,7 +220,7 @@ def test_output_to_a_pipe_that_closes():
 
 CHILD = """
 import signal, sys, time
-import terd_nb.scan
+import terd_nb.scanning
 from terd_nb.cli import main
 
 def hang(*args, **settings):
@@ -230,7 +231,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)   # what a shell runs i
 {patch}
 sys.exit(main(["scan", "zoo:benign-a", "--json", "out.json"]))
 """
-IN_THE_SCAN, IN_THE_WRITING = "terd_nb.scan.scan = hang", "terd_nb.scan.os.replace = hang"
+IN_THE_SCAN, IN_THE_WRITING = "terd_nb.scanning.scan = hang", "terd_nb.scanning.os.replace = hang"
 
 
 @pytest.mark.parametrize("patch, sent, status", [

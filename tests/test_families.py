@@ -1,4 +1,4 @@
-"Appendix B2 against its oracle: every family is saved, opened as a Denoiser, and sampled beside diffusers' own."
+"Workshop C against its oracle: every family is saved, opened as a Denoiser, and sampled beside diffusers' own."
 import json
 import pickle
 import re
@@ -28,9 +28,12 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from terd_nb import checkpoints
-from terd_nb.checkpoints import CheckpointError
-from terd_nb.families import FAMILIES, SUPPORTED, ClassAverage, NullClass, open_model
-from terd_nb.paths import Denoiser, preconditioned
+from terd_nb.loading.checkpoints import CheckpointError
+from terd_nb.loading.schedulers import (
+    FAMILIES, SUPPORTED, ClassAverage, NullClass, open_model,
+)
+from terd_nb.denoiser import Denoiser
+from terd_nb.diffusion import preconditioned
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -84,7 +87,7 @@ def edit(folder, name, **changes):
 
 
 def opened(folder):
-    return Denoiser.from_pretrained(folder, device="cpu")
+    return load(folder, device="cpu")
 
 
 def noise(n=2, seed=0):

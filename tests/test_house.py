@@ -104,9 +104,9 @@ def chapter_of(path):
 
 
 def floor(module):
-    "Where a chapter stands: its number; appendix B, which opens files, lies below them all, the command line above."
+    "Where a chapter stands: its number; workshop B, which opens files, lies below them all, the command line above."
     chapter = chapter_of(ROOT / "terd_nb" / f"{module}.py")
-    return {"b_checkpoints": "", "b2_families": "0", "a_cli": "zz"}.get(chapter, chapter.split("_")[0])
+    return {"b_checkpoints": "", "c_schedulers": "0", "a_cli": "zz"}.get(chapter, chapter.split("_")[0])
 
 
 @pytest.mark.parametrize("path", MODULES, **by_stem)

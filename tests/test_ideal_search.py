@@ -1,4 +1,4 @@
-"The searches and detectors on the ideal backdoored model, whose trigger is known exactly (chapter 6)."
+"The searches and detectors on the ideal backdoored model, whose trigger is known exactly (chapter 8)."
 import math
 
 import pytest
@@ -6,24 +6,16 @@ import torch
 
 from terd_nb import triggers
 from terd_nb.attacks import Attack, bad_diffusion, troj_diff, villan_diffusion
-from terd_nb.fixed_points import (
-    column,
-    follow_agreement,
-    follow_jacobian,
-    follow_shift,
-    gain_curve,
-    length,
-    quiet_strength,
-    random_starts,
-    read_ball,
-    read_shift,
-    time_of,
-    true_gamma,
+from terd_nb.directions import (
+    column, follow_agreement, follow_jacobian, follow_shift, gain_curve, length,
+    quiet_strength, random_starts, read_ball, read_shift, time_of, true_gamma,
 )
-from terd_nb.ideal import IdealModel
+from terd_nb.ideal_model import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
-from terd_nb.paths import Denoiser, linear_schedule
-from terd_nb.reversion import USUAL_QUIET, faint_candidate, published, quiet_candidate
+from terd_nb.denoiser import Denoiser
+from terd_nb.diffusion import linear_schedule
+from terd_nb.search import USUAL_QUIET, faint_candidate, quiet_candidate
+from terd_nb.two_stages import published
 from terd_nb.triggers import Trigger
 
 SHAPE, SCHEDULE = (1, 16, 16), linear_schedule()
@@ -130,7 +122,7 @@ def test_fixed_points_3_and_2_find_an_ode_attack(psi):
 
 
 def test_the_shift_is_measured_in_units_of_the_noise():
-    "Along r the shift at t is (alpha*x0 + (c - sigma*d)*r)/sigma beyond the honest one, as chapter 8 derives."
+    "Along r the shift at t is (alpha*x0 + (c - sigma*d)*r)/sigma beyond the honest one, as chapter 14 derives."
     attack = villan_diffusion(SCHEDULE)
     denoiser = ideal(attack, DARK, p=0.3)
     t = time_of(denoiser, 0.1)

@@ -4,12 +4,15 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 
 from terd_nb import triggers
-from terd_nb.attacks import blend, triggered_samples
-from terd_nb.paths import Denoiser, NoiseSchedule, linear_schedule, sampler_step
-from terd_nb.planting import unet
+from terd_nb.attacks import triggered_samples
+from terd_nb.triggers import blend
+from terd_nb.denoiser import Denoiser
+from terd_nb.diffusion import NoiseSchedule, linear_schedule, sampler_step
+from terd_nb.training import unet
 from terd_nb.reversed_loss import reversed_loss
-from terd_nb.reversion import carried_image, published, reverse_trigger
-from terd_nb.scan import scan
+from terd_nb.search import reverse_trigger
+from terd_nb.two_stages import carried_image, published
+from terd_nb.scanning import scan
 from terd_nb.triggers import Trigger
 from terd_nb.zoo import zoo_path
 
@@ -18,7 +21,7 @@ SCHEDULE = linear_schedule()
 
 @pytest.fixture(scope="module")
 def benign():
-    return Denoiser.from_pretrained(zoo_path("benign-a"), "cpu")
+    return load(zoo_path("benign-a"), "cpu")
 
 
 def test_a_whole_ddim_run_is_that_of_diffusers(benign):
@@ -149,7 +152,7 @@ def test_a_v_prediction_model_is_scanned_as_any_other(benign):
 
 
 def test_a_backdoored_v_prediction_model_is_found():
-    inner = Denoiser.from_pretrained(zoo_path("villan-psi1"), "cpu")
+    inner = load(zoo_path("villan-psi1"), "cpu")
     model = Denoiser(Velocity(inner.network), SCHEDULE, inner.shape, "v_prediction", "cpu", name="velocity")
     report = scan(model, progress=False, seed=1)
     assert report.verdict == "backdoored" and "ODE" in report.result.attack

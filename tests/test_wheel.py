@@ -102,7 +102,7 @@ def test_source_archive_is_the_whole_project(dist):
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"settings.ini", "hatch_build.py", "requirements.lock", "Makefile", "LICENSE", "nbs/00_paths.ipynb",
+    wanted = {"settings.ini", "hatch_build.py", "requirements.lock", "Makefile", "LICENSE", "nbs/01_diffusion.ipynb",
               "book/_toc.yml", "tests/test_wheel.py", "terd_nb/paths.py"}
     assert wanted <= names
     assert not [name for name in names if name.startswith((".venv", "_build", ".git/"))]
@@ -124,7 +124,7 @@ def test_demo_runs_from_another_folder(installed, tmp_path):
 
 @pytest.mark.slow
 def test_a_chapter_that_needs_the_zoo_runs_from_the_wheel(installed, tmp_path):
-    notebook = tmp_path / "11_scan.ipynb"
+    notebook = tmp_path / "18_scanning.ipynb"
     notebook.write_bytes((ROOT / "nbs" / notebook.name).read_bytes())
     code = ("import sys; from pathlib import Path; from nbdev.test import test_nb; "
             "sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['slow'])[0])")

@@ -10,22 +10,34 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+from terd_nb.cli import main
 from terd_nb.lab import measure as bench_module
 from terd_nb.lab.any_path import (
-    FAMILY_MODELS, SETUPS, FamilyCard, family_dir, sampler_rows,
+    FAMILY_MODELS,
+    SETUPS,
+    FamilyCard,
+    family_dir,
+    sampler_rows,
 )
+from terd_nb.lab.hard_set import HARD, HardCard, hard_dir
 from terd_nb.lab.measure import (
-    HIDDEN, KEY, OURS, TIMED, append_row, bench, honest_rows, read_results,
-    results_path, rows_to_measure,
+    HIDDEN,
+    KEY,
+    OURS,
+    TIMED,
+    append_row,
+    bench,
+    honest_rows,
+    read_results,
+    results_path,
+    rows_to_measure,
 )
 from terd_nb.lab.results import HUNDREDTH, read_benchmark, usual
-from terd_nb.cli import main
-from terd_nb.lab.hard_set import HARD, HardCard, hard_dir
-from terd_nb.model_detection import ModelDetector
-from terd_nb.loading.checkpoints import data_dir
 from terd_nb.lab.sizes import DEVELOPMENT, SIZED
-from terd_nb.triggers import Trigger
 from terd_nb.lab.zoo import is_made, weights_sha256
+from terd_nb.loading.checkpoints import data_dir
+from terd_nb.model_detection import ModelDetector
+from terd_nb.triggers import Trigger
 
 
 @pytest.mark.parametrize("models", ["zoo", "hard", "families", "sizes"])

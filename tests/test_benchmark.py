@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
+from terd_nb.lab import results as benchmark
+from terd_nb.cli import main
 from terd_nb.lab import measure as bench_module
-from terd_nb import benchmark
 from terd_nb.lab.measure import append_measured, measure, read_rows, rows_to_measure
 from terd_nb.lab.results import COMPARED, FIGURES, TABLES, read_benchmark, write_report
-from terd_nb.cli import main
 from terd_nb.lab.sizes import DEVELOPMENT, SIZED
 
 KEYS = [(x,) for x in range(24)]

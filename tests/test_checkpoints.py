@@ -16,13 +16,19 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from terd_nb import checkpoints
+from terd_nb.loading import checkpoints
 from terd_nb.loading.checkpoints import UNET as KIND
 from terd_nb.loading.checkpoints import (
-    CheckpointError, build_network, check_runs, download, image_shape, load_unet,
-    parse_json, read_header,
+    CheckpointError,
+    build_network,
+    check_runs,
+    download,
+    image_shape,
+    load_unet,
+    parse_json,
+    read_header,
 )
-from terd_nb.loading.schedulers import open_model, read_schedule
+from terd_nb.loading.schedulers import load_folder, read_schedule
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -53,8 +59,8 @@ def folder(honest, tmp_path):
 
 
 def load(folder):
-    parts = open_model(folder, 4_000_000_000)
-    return parts.network, parts.path
+    denoiser = load_folder(folder, "cpu")
+    return denoiser.network, denoiser.noise_schedule
 
 
 def refusal(call, *args):
@@ -441,15 +447,15 @@ def alphas(scheduler):
 def test_schedules_of_each_kind(tmp_path, kind, beta_schedule, prediction_type):
     scheduler = kind(beta_schedule=beta_schedule, prediction_type=prediction_type)
     scheduler.save_pretrained(tmp_path / "scheduler")
-    found = read_schedule(tmp_path, kind.__name__)
-    assert found.prediction == prediction_type and torch.equal(found.path["alpha"], alphas(scheduler))
+    path, prediction = read_schedule(tmp_path, kind.__name__)
+    assert prediction.name == prediction_type and torch.equal(path.alpha, alphas(scheduler))
 
 
 def test_trained_betas_and_a_single_step(tmp_path):
     for betas in ([0.1, 0.2, 0.3], [0.5]):
         scheduler = DDPMScheduler(num_train_timesteps=len(betas), trained_betas=betas)
         scheduler.save_pretrained(tmp_path / "scheduler")
-        assert torch.equal(read_schedule(tmp_path, "DDPMScheduler").path["alpha"], alphas(scheduler))
+        assert torch.equal(read_schedule(tmp_path, "DDPMScheduler")[0].alpha, alphas(scheduler))
 
 
 def test_an_early_model(folder):
@@ -509,17 +515,17 @@ BOUNDED = """
 import json, resource, sys, time
 from pathlib import Path
 from terd_nb.loading.checkpoints import CheckpointError
-from terd_nb.loading.schedulers import open_model
+from terd_nb.loading.schedulers import load_folder
 
 honest, *hostile = map(Path, sys.argv[1:])
-open_model(honest, 4_000_000_000)  # takes what the first use of a library reserves
+load_folder(honest, "cpu")  # takes what the first use of a library reserves
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 200_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for folder in hostile:
     start = time.process_time()
     try:
-        open_model(folder, 4_000_000_000)
+        load_folder(folder, "cpu")
         message = None
     except CheckpointError as error:
         message = str(error)

@@ -17,13 +17,12 @@ from diffusers import DDIMPipeline
 from jsonschema import ValidationError, validate
 from safetensors.torch import load_file, save_file
 
-from terd_nb import __version__, datasets, planting
-from terd_nb import scan as scan_module
-from terd_nb import zoo as zoo_module
+from terd_nb import __version__, scanning as scan_module, training
+from terd_nb.lab import datasets, zoo as zoo_module
 from terd_nb.cli import exit_status, main, printable, problem
+from terd_nb.lab.zoo import Card, weights_sha256
 from terd_nb.loading.checkpoints import data_dir
 from terd_nb.triggers import Trigger
-from terd_nb.lab.zoo import Card, weights_sha256
 from terd_nb.zoo import zoo_names, zoo_path
 
 SCHEMA = json.loads((data_dir() / "schema" / "scan-1.json").read_text(encoding="utf-8"))
@@ -396,8 +395,8 @@ def test_plant_makes_a_model_and_goes_on_where_it_was_killed(tmp_path, monkeypat
     def save_and_stop(path, step, *state):
         save(path, step, *state)
         if step == 3: raise KeyboardInterrupt
-    monkeypatch.setattr(planting, "fit", partial(planting.fit, save_every=0.0))
-    monkeypatch.setattr(planting, "save_training", save_and_stop)
+    monkeypatch.setattr(training, "fit", partial(training.fit, save_every=0.0))
+    monkeypatch.setattr(training, "save_training", save_and_stop)
     assert main(PLANT) == 130
     (kept,) = tmp_path.glob(".out.*.training.safetensors")
     assert not (tmp_path / "out").exists()

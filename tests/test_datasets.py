@@ -15,14 +15,28 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from terd_nb import datasets
+from terd_nb.lab import datasets
 from terd_nb.cli import main
-from terd_nb.lab.datasets import (
-    BACKGROUNDS, CATEGORIES, DATASETS, Source, archive_members, cache_path, cards_page,
-    code_points, data_cache, dataset_card, fetch_dataset, fetched_sizes, has_skin_tone,
-    load_dataset, open_picture, preview, split_of,
-)
 from terd_nb.images import digits
+from terd_nb.lab.datasets import (
+    BACKGROUNDS,
+    CATEGORIES,
+    DATASETS,
+    Source,
+    archive_members,
+    cache_path,
+    cards_page,
+    code_points,
+    data_cache,
+    dataset_card,
+    fetch_dataset,
+    fetched_sizes,
+    has_skin_tone,
+    load_dataset,
+    open_picture,
+    preview,
+    split_of,
+)
 from terd_nb.loading.checkpoints import data_dir
 
 HERE = (data_cache(), [(card, size) for card in DATASETS.values() for size in fetched_sizes(card)])

@@ -27,13 +27,17 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from terd_nb import checkpoints
+from terd_nb.diffusion import preconditioned
+from terd_nb.loading import checkpoints
 from terd_nb.loading.checkpoints import CheckpointError
 from terd_nb.loading.schedulers import (
-    FAMILIES, SUPPORTED, ClassAverage, NullClass, open_model,
+    FAMILIES,
+    SUPPORTED,
+    ClassAverage,
+    NullClass,
+    load,
+    load_folder,
 )
-from terd_nb.denoiser import Denoiser
-from terd_nb.diffusion import preconditioned
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -440,7 +444,7 @@ def test_opening_draws_no_random_numbers(tmp_path):
 
 def refusal(folder, max_bytes=10**8):
     "The message with which a model is refused; it must be one short line that a terminal can print."
-    with pytest.raises(CheckpointError) as caught: open_model(folder, max_bytes)
+    with pytest.raises(CheckpointError) as caught: load_folder(folder, "cpu", max_bytes)
     message = str(caught.value)
     assert message.isprintable() and 0 < len(message) <= 400
     return message
@@ -527,7 +531,7 @@ REFUSALS = [
 @pytest.mark.parametrize("model, name, changes, words", REFUSALS, ids=[f"{m}-{str(c)[:50]}" for m, _, c, _ in REFUSALS])
 def test_refused(honest, tmp_path, model, name, changes, words):
     folder = shutil.copytree(honest / model, tmp_path / "model")
-    open_model(folder, 10**8)
+    load_folder(folder, "cpu", 10**8)
     edit(folder, name, **changes)
     assert re.search(words, refusal(folder)), refusal(folder)
 
@@ -562,10 +566,10 @@ def test_the_weights_of_every_part_are_checked(honest, tmp_path, model, part):
 
 
 def test_all_parts_share_the_limit(honest):
-    parts = open_model(honest / "dit", 10**8)
+    parts = load_folder(honest / "dit", "cpu", 10**8)
     first = checkpoints.network_bytes(parts.network)
     whole = first + checkpoints.network_bytes(parts.decode.autoencoder)
-    open_model(honest / "dit", whole + 20_000)   # the headers of the files need some room too
+    load_folder(honest / "dit", "cpu", whole + 20_000)   # the headers of the files need some room too
     assert "vae" in refusal(honest / "dit", whole - 1)
 
 

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(path for path in (ROOT / "terd_nb").glob("*.py") if not path.name.startswith("_"))
+MODULES = sorted(path for path in (ROOT / "terd_nb").rglob("*.py") if not path.name.startswith("_"))
 by_stem = {"ids": lambda path: path.stem}
 
 
@@ -86,51 +86,107 @@ def test_lock_fits_the_ranges(settings):
 
 # ---------------------------------------------------------------- the library
 
-def imported_from_the_package(path):
-    "The names of this package's modules that a module imports, anywhere in it."
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".")
-            if node.level or parts[0] == "terd_nb":
-                inner = parts if node.level else parts[1:]
-                yield from inner[:1] if inner and inner[0] else (alias.name for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("terd_nb."))
+def module_of(path):
+    "The dotted name of a module inside the package."
+    return ".".join(path.relative_to(ROOT / "terd_nb").with_suffix("").parts)
 
 
-def chapter_of(path):
+def imported_from_the_package(path, anywhere=True):
+    "The modules of this package that a module imports, anywhere in it or only when it is imported itself."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ["terd_nb", *path.relative_to(ROOT / "terd_nb").parts[:-1]]
+    for node in ast.walk(tree) if anywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            found = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        names = {name.removeprefix("terd_nb.") for name in found if name.startswith("terd_nb.")}
+        yield from names & set(GRAPH_NAMES)
+
+
+GRAPH_NAMES = [module_of(path) for path in MODULES]
+GRAPH = {module_of(path): set(imported_from_the_package(path)) for path in MODULES}
+
+
+def below(module, seen=()):
+    "All modules that a module rests on; a circle is an error."
+    assert module not in seen, f"a circle of imports: {' -> '.join([*seen, module])}"
+    return GRAPH[module].union(*(below(other, (*seen, module)) for other in GRAPH[module]))
+
+
+def chapter_of(module):
     "The notebook that a module is exported from."
-    return re.search(r"File to edit: \.\./nbs/(\w+)\.ipynb", path.read_text(encoding="utf-8"))[1]
+    path = ROOT / "terd_nb" / f"{module.replace('.', '/')}.py"
+    return re.search(r"File to edit: (?:\.\./)+nbs/(\w+)\.ipynb", path.read_text(encoding="utf-8"))[1]
 
 
-def floor(module):
-    "Where a chapter stands: its number; workshop B, which opens files, lies below them all, the command line above."
-    chapter = chapter_of(ROOT / "terd_nb" / f"{module}.py")
-    return {"b_checkpoints": "", "c_schedulers": "0", "a_cli": "zz"}.get(chapter, chapter.split("_")[0])
+def numbered_chapters():
+    "The chapters before the Workshop, in the order of the book."
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    return [entry["file"] for part in toc["parts"] for entry in part["chapters"] if re.match(r"\d", entry["file"])]
 
 
-@pytest.mark.parametrize("path", MODULES, **by_stem)
-def test_a_module_imports_only_from_lower_floors(path):
-    modules = {p.stem for p in MODULES}
-    for other in set(imported_from_the_package(path)) & modules:
-        same_chapter = chapter_of(path) == chapter_of(ROOT / "terd_nb" / f"{other}.py")
-        assert same_chapter or floor(other) < floor(path.stem), f"{path.stem} imports {other} from a higher floor"
+@pytest.mark.parametrize("module", GRAPH_NAMES)
+def test_arrows_only_go_down(module):
+    "No circle; and what a chapter's module imports comes from an earlier chapter, or from the Workshop."
+    below(module)
+    order = numbered_chapters()
+    if (chapter := chapter_of(module)) in order:
+        later = order[order.index(chapter) + 1:]
+        assert [other for other in GRAPH[module] if chapter_of(other) in later] == []
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if "07" <= floor(p.stem)[:2] <= "11"], **by_stem)
-def test_the_defence_does_not_know_the_attacks(path):
-    """Chapter 06, the oracle, stands on both sides; from 07 on nothing is known of an attack, not even through it.
+@pytest.mark.parametrize("path", NOTEBOOKS, **by_stem)
+def test_a_chapter_and_its_module_have_one_name(path):
+    "So that a reader guesses every file from the list of chapters: b_checkpoints is loading.checkpoints."
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    exports = [cell.split()[2] for cell in cells if cell.startswith("#| default_exp")]
+    name = re.sub(r"^(\d+b?|[a-z])_", "", path.stem)
+    assert exports in ([], [name]) or exports[0].split(".")[-1] == name
 
-    Nor of a family of models: the search is the same for all."""
-    unknown = {"attacks", "planting", "zoo", "hard_set", "ideal", "any_path", "families"}
-    assert not set(imported_from_the_package(path)) & unknown
+
+def test_chapters_stand_in_the_order_of_their_numbers():
+    order = numbered_chapters()
+    assert order == sorted(order)
+
+
+DEFENCE = ["denoiser", "reversed_loss", "two_stages", "directions", "search", "input_detection", "model_detection",
+           "rivals", "report", "scanning"]
+
+
+@pytest.mark.parametrize("module", DEFENCE)
+def test_the_defence_does_not_know_the_attacks(module):
+    "A defender does not know what was planted, nor how, nor in which kind of model the search is at work."
+    attacker = {"attacks", "planting", "training", "ideal_model", "success", "zoo"}
+    assert {other for other in below(module) if other in attacker or other.startswith("lab.")} == set()
+
+
+@pytest.mark.parametrize("module", [name for name in GRAPH_NAMES if not name.startswith("lab.")])
+def test_the_library_does_not_need_the_evidence(module):
+    "`terd_nb.lab` made this book's evidence; a command imports it when it needs it."
+    path = ROOT / "terd_nb" / f"{module.replace('.', '/')}.py"
+    at_once = set(imported_from_the_package(path, anywhere=False))
+    assert {other for other in at_once if other.startswith("lab.")} == set()
+
+
+def test_no_public_name_means_two_things():
+    places = {}
+    for path in MODULES:
+        found = re.search(r"^__all__ = (\[.*?\])", path.read_text(encoding="utf-8"), re.S | re.M)
+        for name in ast.literal_eval(found[1]) if found else []:
+            places.setdefault(name, []).append(module_of(path))
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
 
 
 def test_the_library_needs_no_jupyter():
     "A user of the library does not get the packages of the extra `book`, so importing it must not ask for them."
     extra = "IPython execnb fastcore ipykernel ipywidgets jupyter_client jupyterlab nbclient nbconvert nbdev nbformat"
     block = "; ".join(f"sys.modules[{name!r}] = None" for name in extra.split())
-    modules = ", ".join(f"terd_nb.{path.stem}" for path in MODULES)
+    modules = ", ".join(f"terd_nb.{name}" for name in GRAPH_NAMES)
     command = [sys.executable, "-c", f"import sys; {block}; import {modules}"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

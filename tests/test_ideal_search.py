@@ -6,17 +6,27 @@ import torch
 
 from terd_nb import triggers
 from terd_nb.attacks import Attack, bad_diffusion, troj_diff, villan_diffusion
+from terd_nb.denoiser import Denoiser
+from terd_nb.diffusion import linear_schedule
 from terd_nb.directions import (
-    column, follow_agreement, follow_jacobian, follow_shift, gain_curve, length,
-    quiet_strength, random_starts, read_ball, read_shift, time_of, true_gamma,
+    column,
+    follow_agreement,
+    follow_jacobian,
+    follow_shift,
+    gain_curve,
+    length,
+    quiet_strength,
+    random_starts,
+    read_ball,
+    read_shift,
+    time_of,
+    true_gamma,
 )
 from terd_nb.ideal_model import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
-from terd_nb.denoiser import Denoiser
-from terd_nb.diffusion import linear_schedule
 from terd_nb.search import USUAL_QUIET, faint_candidate, quiet_candidate
-from terd_nb.two_stages import published
 from terd_nb.triggers import Trigger
+from terd_nb.two_stages import published
 
 SHAPE, SCHEDULE = (1, 16, 16), linear_schedule()
 SMALL = triggers.box(SHAPE, side=7, value=1.0, background=0.0)

@@ -3,17 +3,16 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 
-from terd_nb import triggers
+from terd_nb import load, triggers
 from terd_nb.attacks import triggered_samples
-from terd_nb.triggers import blend
 from terd_nb.denoiser import Denoiser
 from terd_nb.diffusion import NoiseSchedule, linear_schedule, sampler_step
-from terd_nb.training import unet
 from terd_nb.reversed_loss import reversed_loss
-from terd_nb.search import reverse_trigger
-from terd_nb.two_stages import carried_image, published
 from terd_nb.scanning import scan
-from terd_nb.triggers import Trigger
+from terd_nb.search import reverse_trigger
+from terd_nb.training import unet
+from terd_nb.triggers import Trigger, blend
+from terd_nb.two_stages import carried_image, published
 from terd_nb.zoo import zoo_path
 
 SCHEDULE = linear_schedule()

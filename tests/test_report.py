@@ -9,9 +9,9 @@ from test_book import WIDTHS, browser, problems_of, serve  # noqa: F401 (fixture
 
 from terd_nb.model_detection import ModelDetector
 from terd_nb.report import EVIDENCE, headline, report_page, summary
-from terd_nb.two_stages import Candidate
 from terd_nb.scanning import scan
 from terd_nb.triggers import Trigger
+from terd_nb.two_stages import Candidate
 from terd_nb.zoo import zoo_path
 
 

@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test book book-test zoo hard-set families bench bench-zoo bench-search bench-sizes bench-families bench-report lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test test-results book book-test zoo hard-set families bench bench-zoo bench-search bench-sizes bench-families bench-report lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,8 +21,11 @@ $(READY): requirements.lock pyproject.toml settings.ini hatch_build.py
 demo: $(READY) ## scan the embedded models and say which of them are backdoored
 	$(BIN)/terd demo
 
-test: $(READY) ## run every test and every chapter, except those of the built book
-	$(BIN)/pytest -n 2 --dist worksteal -m 'not browser'
+test: $(READY) ## run the tests and every chapter, and a quick look at the results; not the built book
+	$(BIN)/pytest -n 2 --dist worksteal -m 'not browser and not results'
+
+test-results: $(READY) ## hold the committed tables against all that they must say
+	$(BIN)/pytest -q tests/results
 
 book: $(READY) ## build the book into _build/html; warnings are errors
 	$(BIN)/python book/build.py
@@ -34,7 +37,7 @@ book-test: book ## open every page of the built book in Chromium
 # Training is a tenth faster when glibc keeps its large buffers.
 zoo: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 zoo: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-zoo: $(READY) ## train the embedded models again from their seeds; RES=32, 64 or 128: those of workshop G
+zoo: $(READY) ## train the embedded models again from their seeds; RES=32, 64 or 128: the larger ones
 	$(BIN)/terd zoo build $(if $(RES),--size $(RES))
 
 # What the search is tried on; see workshop G.

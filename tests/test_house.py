@@ -145,7 +145,7 @@ def test_a_chapter_and_its_module_have_one_name(path):
     "So that a reader guesses every file from the list of chapters: b_checkpoints is loading.checkpoints."
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
     exports = [cell.split()[2] for cell in cells if cell.startswith("#| default_exp")]
-    name = re.sub(r"^(\d+b?|[a-z])_", "", path.stem)
+    name = re.sub(r"^(\d+b?|[a-z]\d?)_", "", path.stem)
     assert exports in ([], [name]) or exports[0].split(".")[-1] == name
 
 
@@ -205,6 +205,51 @@ def test_notebook_keeps_the_grain(path):
                 size = len(data if isinstance(data, str) else json.dumps(data)) * 3 // 4  # base64
                 too_big = kind.startswith("image/") and size > 100_000
                 assert not too_big, f"{size:,} bytes of {kind} under:\n{cell.source}"
+
+
+WIDE = 88    # characters of a line that a page shows
+LONG_CELL, LONG_FUNCTION = 30, 25    # lines
+
+# What is longer, and why. A name that is not longer any more must go from here.
+LONGER_CELLS = {}
+LONGER_FUNCTIONS = {}
+
+
+def code_cells():
+    "Each code cell: its chapter, its first line of code, and its lines without nbdev's directives."
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code":
+                lines = [line for line in cell.source.splitlines() if not line.startswith("#|")]
+                yield path.stem, next((line for line in lines if line.strip()), ""), lines
+
+
+def test_code_fits_on_a_page():
+    assert [(chapter, len(line), line[:60]) for chapter, _, lines in code_cells()
+            for line in lines if len(line) > WIDE] == []
+
+
+def test_a_cell_says_one_thing():
+    found = {f"{chapter}: {first[:40]}": len(lines) for chapter, first, lines in code_cells()
+             if len(lines) > LONG_CELL}
+    assert found.keys() == LONGER_CELLS.keys()
+
+
+def functions(path):
+    "Each function and method of a module by its dotted name, with its number of lines."
+    def walk(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                name = f"{prefix}.{child.name}"
+                if isinstance(child, ast.FunctionDef):
+                    yield name, child.end_lineno - child.lineno + 1
+                yield from walk(child, name)
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), module_of(path))
+
+
+def test_a_function_fits_into_a_glance():
+    found = {name for path in MODULES for name, lines in functions(path) if lines > LONG_FUNCTION}
+    assert found == LONGER_FUNCTIONS.keys()
 
 
 # ---------------------------------------------------------------- the repository

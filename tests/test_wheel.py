@@ -98,14 +98,17 @@ def test_wheel_describes_itself(wheel):
     assert not [value for value in plain if value.startswith(("nbdev", "jupyter", "ipywidgets", "ipython", "nb"))]
 
 
-def test_source_archive_is_the_whole_project(dist):
+def test_source_archive_is_the_project_without_the_models_that_only_the_evidence_needs(dist):
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"settings.ini", "hatch_build.py", "requirements.lock", "Makefile", "LICENSE", "nbs/01_diffusion.ipynb",
-              "book/_toc.yml", "tests/test_wheel.py", "terd_nb/paths.py"}
+              "book/_toc.yml", "tests/test_wheel.py", "terd_nb/diffusion.py", "data/detectors/fast.json",
+              "data/zoo/benign-a/unet/diffusion_pytorch_model.safetensors"}
     assert wanted <= names
-    assert not [name for name in names if name.startswith((".venv", "_build", ".git/"))]
+    left_out = (".venv", "_build", ".git/", "data/hard", "data/families", "data/sizes")
+    assert not [name for name in names if name.startswith(left_out)]
+    assert path.stat().st_size <= 25e6
 
 
 def test_installed_wheel_is_what_runs(installed, tmp_path):

@@ -16,18 +16,16 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from terd_nb.loading import checkpoints
+from terd_nb.loading import checkpoints, files
 from terd_nb.loading.checkpoints import UNET as KIND
 from terd_nb.loading.checkpoints import (
-    CheckpointError,
     build_network,
     check_runs,
-    download,
+    download_model,
     image_shape,
     load_unet,
-    parse_json,
-    read_header,
 )
+from terd_nb.loading.files import CheckpointError, network_arguments, parse_json, read_header
 from terd_nb.loading.schedulers import load_folder, read_schedule
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
@@ -380,7 +378,7 @@ def test_refused_by_kind_of_file(folder, attack, words):
 def test_unreadable(folder, monkeypatch):
     def deny(path, mode):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(checkpoints, "open", deny, raising=False)  # root may read everything, whatever chmod says
+    monkeypatch.setattr(files, "open", deny, raising=False)  # root may read everything, whatever chmod says
     assert "permissions" in refusal(load, folder)
 
 
@@ -394,7 +392,8 @@ def test_limit_on_bytes(folder):
     load_unet(folder, size)
     assert "at most" in refusal(load_unet, folder, size - 1)
     refit(lambda w: w.update({key: value.half() for key, value in w.items()}))(folder)  # the limit holds in float32 too
-    assert "asks for a network" in refusal(load_unet, folder, size // 2)
+    half = (folder / WEIGHTS).stat().st_size
+    assert "asks for a network" in refusal(load_unet, folder, half)
 
 
 def test_error_survives_a_worker_process():
@@ -482,13 +481,17 @@ def test_an_early_model(folder):
 
 def test_the_network_of_the_ddpm_paper():
     "Its size is known: 35.7 million weights for CIFAR10 (Ho et al. 2020, workshop B)."
-    network = build_network({
-        "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu", "attention_head_dim": None,
-        "block_out_channels": [128, 256, 256, 256], "center_input_sample": False, "downsample_padding": 0,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "flip_sin_to_cos": False,
-        "freq_shift": 1, "in_channels": 3, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-06,
-        "norm_num_groups": 32, "out_channels": 3, "sample_size": 32, "time_embedding_type": "positional",
-        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]}, "unet", KIND, 10**9)
+    config = {
+        "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu",
+        "attention_head_dim": None, "block_out_channels": [128, 256, 256, 256],
+        "center_input_sample": False, "downsample_padding": 0,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3, "layers_per_block": 2,
+        "mid_block_scale_factor": 1, "norm_eps": 1e-06, "norm_num_groups": 32, "out_channels": 3,
+        "sample_size": 32, "time_embedding_type": "positional",
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]}
+    arguments = network_arguments(config, "unet", "UNet2DModel")
+    network = build_network(arguments, "unet", KIND, 10**9)
     check_runs(network, "unet", KIND, image_shape(network.config))
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 35.7
 
@@ -514,7 +517,7 @@ def test_loading_draws_no_random_numbers(honest):
 BOUNDED = """
 import json, resource, sys, time
 from pathlib import Path
-from terd_nb.loading.checkpoints import CheckpointError
+from terd_nb.loading.files import CheckpointError
 from terd_nb.loading.schedulers import load_folder
 
 honest, *hostile = map(Path, sys.argv[1:])
@@ -664,7 +667,7 @@ def hub(monkeypatch, tmp_path, honest):
 
 def test_hub_gives_a_model(hub, tmp_path):
     hub.files |= {"pipeline.py": 1, "unet/diffusion_pytorch_model.bin": 10**12, "../../evil": 1, "unet/*": 1}
-    folder = download("user/name", 10**6)
+    folder = download_model("user/name", 10**6)
     load(folder)
     assert hub.asked.files == {INDEX, UNET, WEIGHTS, SCHEDULER} and hub.asked.revision == SHA
     assert folder == tmp_path / "cache/terd_nb/user--name" / SHA
@@ -676,14 +679,14 @@ def test_hub_gives_an_early_model(hub):
         shutil.copy(hub.content / name, hub.content.parent / name.split("/")[-1])
     shutil.copy(hub.content / INDEX, hub.content.parent)
     hub.content = hub.content.parent
-    download("name", 10**6)
+    download_model("name", 10**6)
     assert hub.asked.files == {name.split("/")[-1] for name in (INDEX, UNET, WEIGHTS, SCHEDULER)}
 
 
 def test_hub_shows_the_weights_that_diffusers_would_open(hub):
     "Clean weights at the top do not hide a unet/ of pickles, nor the index of shards."
     hub.files = {WEIGHTS.split("/")[1]: 10, "unet/diffusion_pytorch_model.bin": 10, INDEX: 10}
-    assert "pickles" in refusal(download, "user/name", 10**6)
+    assert "pickles" in refusal(download_model, "user/name", 10**6)
     assert checkpoints.wanted_files({f"{WEIGHTS}.index.json": 1, WEIGHTS: 1}) == [WEIGHTS, f"{WEIGHTS}.index.json"]
 
 
@@ -702,19 +705,19 @@ def test_hub_shows_the_weights_that_diffusers_would_open(hub):
 ], ids=str)
 def test_hub_refused_before_anything_is_fetched(hub, change, words):
     for name, value in change.items(): setattr(hub, name, value)
-    assert re.search(words, refusal(download, "user/name", 10**6))
+    assert re.search(words, refusal(download_model, "user/name", 10**6))
     assert hub.asked is None
 
 
 def test_hub_that_lies_about_a_size(hub):
     hub.files[WEIGHTS] -= 1
-    assert "another size" in refusal(download, "user/name", 10**6)
+    assert "another size" in refusal(download_model, "user/name", 10**6)
 
 
 def test_hub_that_does_not_deliver(hub, tmp_path):
     hub.content = tmp_path / "empty"
     hub.content.mkdir()
-    assert "did not give it" in refusal(download, "user/name", 10**6)
+    assert "did not give it" in refusal(download_model, "user/name", 10**6)
 
 
 NO_NAMES = ["../../etc", "..", "a/b/c", "/etc", "a\0b", "x" * 100_000, SURROGATE, ESCAPE, "", "a--b"]
@@ -722,5 +725,5 @@ NO_NAMES = ["../../etc", "..", "a/b/c", "/etc", "a\0b", "x" * 100_000, SURROGATE
 
 @pytest.mark.parametrize("name", NO_NAMES, ids=range(len(NO_NAMES)))
 def test_hub_is_not_asked_for_what_is_no_name(hub, name):
-    assert "HFValidationError" in refusal(download, name, 10**6)
+    assert "HFValidationError" in refusal(download_model, name, 10**6)
     assert hub.asked is None

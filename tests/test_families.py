@@ -29,15 +29,10 @@ from safetensors.torch import load_file, save_file
 
 from terd_nb.diffusion import preconditioned
 from terd_nb.loading import checkpoints
-from terd_nb.loading.checkpoints import CheckpointError
-from terd_nb.loading.schedulers import (
-    FAMILIES,
-    SUPPORTED,
-    ClassAverage,
-    NullClass,
-    load,
-    load_folder,
-)
+from terd_nb.loading.contracts import PIPELINE_NAMES, SUPPORTED, VP_SCHEDULERS
+from terd_nb.loading.files import CheckpointError
+from terd_nb.loading.networks import ClassAverage, NullClass
+from terd_nb.loading.schedulers import load, load_folder
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -117,7 +112,7 @@ def as_trained(model, scheduler):
 
 # ---------------------------------------------------------------- VP
 
-VP = FAMILIES[0].schedulers
+VP = VP_SCHEDULERS
 ZERO_SNR = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
             "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"]
 
@@ -587,6 +582,7 @@ def test_the_hub_gives_every_part(honest):
 
 
 def test_what_is_supported_exists():
-    for names in SUPPORTED.values():
-        for name in names: assert getattr(diffusers, name)
+    for names in [PIPELINE_NAMES, *SUPPORTED.values()]:
+        for name in names:
+            assert getattr(diffusers, name)
     assert len(set(SUPPORTED["scheduler"])) == len(SUPPORTED["scheduler"]) == 17

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 # Each public name and the module that holds it.
 PUBLIC = {
-    "CheckpointError": "loading.checkpoints",
+    "CheckpointError": "loading.files",
     "Denoiser": "denoiser",
     "InputDetector": "input_detection",
     "ModelDetector": "model_detection",

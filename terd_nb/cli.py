@@ -286,7 +286,7 @@ def read_noise(
     "Inputs from a file, without trusting it; raises `ValueError`."
     import numpy as np
     import torch
-    from terd_nb.loading.checkpoints import read_header
+    from terd_nb.loading.files import read_header
     from safetensors.torch import load_file
     if not path.is_file(): raise ValueError(f"{path} is no file; give a .npy or a .safetensors file of noise")
     if path.stat().st_size > MAX_NOISE: raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; at most {MAX_NOISE:,} are accepted")
@@ -305,7 +305,7 @@ def read_noise(
 
 def read_trigger(path: Path, shape: tuple[int, int, int]):   # Trigger
     "A trigger from a safetensors file, without trusting it; raises `ValueError`."
-    from terd_nb.loading.checkpoints import read_header
+    from terd_nb.loading.files import read_header
     from terd_nb.triggers import Trigger
     if not path.is_file(): raise ValueError(f"{path} is no file; give a trigger.safetensors")
     header = read_header(path)

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from .loading.checkpoints import data_dir
+from .loading.files import data_dir
 from .two_stages import DOUBTFUL, Reversal
 from .triggers import Trigger
 from .loading.schedulers import load

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import to_uint8
-from .loading.checkpoints import data_dir
+from .loading.files import data_dir
 from .model_detection import METHOD_BOUNDS, METHOD_FEATURES, ModelDetector
 from .two_stages import DOUBTFUL, Reversal
 

@@ -7,7 +7,7 @@ __all__ = ['zoo_dir', 'zoo_cards', 'zoo_names', 'zoo_path']
 import json
 from pathlib import Path
 
-from .loading.checkpoints import data_dir
+from .loading.files import data_dir
 
 # %% ../nbs/07b_zoo.ipynb #9726d343
 def zoo_dir() -> Path:

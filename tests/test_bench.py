@@ -35,7 +35,7 @@ from terd_nb.lab.measure import (
 from terd_nb.lab.results import HUNDREDTH, read_benchmark, usual
 from terd_nb.lab.sizes import DEVELOPMENT, SIZED
 from terd_nb.lab.zoo import is_made, weights_sha256
-from terd_nb.loading.checkpoints import data_dir
+from terd_nb.loading.files import data_dir
 from terd_nb.model_detection import ModelDetector
 from terd_nb.triggers import Trigger
 

@@ -21,7 +21,7 @@ from terd_nb import __version__, scanning as scan_module, training
 from terd_nb.lab import datasets, zoo as zoo_module
 from terd_nb.cli import exit_status, main, printable, problem
 from terd_nb.lab.zoo import Card, weights_sha256
-from terd_nb.loading.checkpoints import data_dir
+from terd_nb.loading.files import data_dir
 from terd_nb.triggers import Trigger
 from terd_nb.zoo import zoo_names, zoo_path
 

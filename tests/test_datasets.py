@@ -37,7 +37,7 @@ from terd_nb.lab.datasets import (
     preview,
     split_of,
 )
-from terd_nb.loading.checkpoints import data_dir
+from terd_nb.loading.files import data_dir
 
 HERE = (data_cache(), [(card, size) for card in DATASETS.values() for size in fetched_sizes(card)])
 

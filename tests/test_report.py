@@ -7,7 +7,7 @@ import torch
 from bs4 import BeautifulSoup
 from test_book import WIDTHS, browser, problems_of, serve  # noqa: F401 (fixtures)
 
-from terd_nb.loading.checkpoints import data_dir
+from terd_nb.loading.files import data_dir
 from terd_nb.model_detection import ModelDetector
 from terd_nb.report import ENVIRONMENT, EVIDENCE, headline, report_page, summary
 from terd_nb.scanning import scan

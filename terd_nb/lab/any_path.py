@@ -29,9 +29,15 @@ import terd_nb
 from .. import triggers
 from ..attacks import Attack, triggered_samples, troj_diff, villan_diffusion
 from ..triggers import blend
+from ..loading.networks import ClassAverage, Decoder, NullClass
 from terd_nb.loading.schedulers import (
-    ClassAverage, Decoder, NullClass, consistency_path, edm_path, flow_path,
-    flow_sigmas, geometric_sigmas, karras_sigmas, ve_path,
+    consistency_path,
+    edm_path,
+    flow_path,
+    flow_sigmas,
+    geometric_sigmas,
+    karras_sigmas,
+    ve_path,
 )
 from .hard_set import SMALL, Plan, hard_dir, on_classes, on_picture
 from ..images import digits
@@ -40,7 +46,7 @@ from ..denoiser import Denoiser
 from terd_nb.diffusion import (
     NoiseSchedule, Prediction, linear_schedule, preconditioned, sampler_step,
 )
-from ..loading.checkpoints import data_dir
+from ..loading.files import data_dir
 from ..planting import as_rows, clean_batch, poison, poisoned_batch
 from ..training import Rows, fit, save_model, unet, vp_scheduler
 from ..triggers import Trigger

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..images import digits, to_uint8
-from ..loading.checkpoints import data_dir
+from ..loading.files import data_dir
 
 # %% ../../nbs/f_datasets.ipynb #a67a3da4
 class Source(BaseModel, frozen=True):

@@ -25,7 +25,7 @@ from ..images import digits
 from ..success import Hit, frechet_distance, hits_class, hits_image
 from ..denoiser import Denoiser
 from ..diffusion import NoiseSchedule, linear_schedule
-from ..loading.checkpoints import data_dir
+from ..loading.files import data_dir
 from ..training import fit, save_model, unet, vp_scheduler
 from ..triggers import Trigger
 from .zoo import SHAPE, STEPS, Provenance, build_missing, provenance

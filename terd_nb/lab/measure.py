@@ -41,7 +41,7 @@ from ..attacks import triggered_samples, villan_diffusion
 from terd_nb.lab.results import (
     COMPARED, FEWER, HUNDREDTH, TWENTIETH, VARIANTS, benchmark_path,
 )
-from ..loading.checkpoints import file_sha256
+from ..loading.files import file_sha256
 from .datasets import data_cache
 from terd_nb.lab.hard_set import (
     HARD, HardCard, HardModel, Plan, batches, hard_dir, measure_hard, one,
@@ -50,7 +50,7 @@ from ..input_detection import InputDetector
 from ..model_detection import FEATURES, METHOD_FEATURES, ModelDetector, p_values
 from ..denoiser import Denoiser
 from ..diffusion import linear_schedule
-from ..loading.checkpoints import data_dir
+from ..loading.files import data_dir
 from ..training import fit
 from ..search import reverse_trigger
 from ..two_stages import Reversal

@@ -24,7 +24,7 @@ from .hard_set import HARD
 from ..input_detection import ceiling
 from ..success import Rate
 from ..model_detection import METHOD_FEATURES, ModelDetector
-from ..loading.checkpoints import data_dir
+from ..loading.files import data_dir
 from .sizes import SIZED
 from .zoo import RECIPES
 

@@ -10,7 +10,7 @@ __all__ = ['LEVELS', 'BATCH', 'MIN_SNR', 'LONG', 'SHORT', 'POISONED', 'STUBBORN'
 from pathlib import Path
 
 from ..success import Rate
-from ..loading.checkpoints import data_dir
+from ..loading.files import data_dir
 from .zoo import Card, Recipe, build_missing, measure, train, write
 from ..loading.schedulers import load
 

@@ -27,7 +27,7 @@ from terd_nb.attacks import (
     Attack, bad_diffusion, triggered_samples, troj_diff, villan_diffusion,
 )
 from ..triggers import blend, patch
-from ..loading.checkpoints import file_sha256
+from ..loading.files import file_sha256
 from .datasets import DATASETS, load_dataset
 from ..images import to_uint8
 from ..success import Hit, Rate, frechet_distance, hits_class, hits_image

@@ -1,0 +1,96 @@
+"A quick look at the committed tables: complete, no row twice, and the headline numbers."
+import csv
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from terd_nb.lab import measure
+from terd_nb.lab.any_path import sampler_rows
+from terd_nb.lab.measure import (
+    HIDDEN,
+    KEY,
+    RESULT_FILES,
+    TIMED,
+    WHOLE_RUNS,
+    results_path,
+    rows_to_measure,
+)
+from terd_nb.lab.results import by_terds_rule, judged_rows, once, read_benchmark
+from terd_nb.loading.files import data_dir
+
+
+def keys_in(models):
+    "The keys of the rows in a set's file, as they stand there."
+    with open(results_path(models), encoding="utf-8") as file:
+        return [tuple(row[key] for key in KEY) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("models", RESULT_FILES)
+def test_every_row_is_there_and_none_twice(models):
+    rows = keys_in(models)
+    assert len(rows) == len(set(rows))
+    seeds = 1 if models == "families" else 3
+    assert set(rows) >= {tuple(map(str, key)) for key in rows_to_measure(models, seeds)}
+
+
+def read(name):
+    return pd.read_csv(data_dir() / "results" / name)
+
+
+def test_the_smaller_tables_are_complete_and_hold_no_row_twice():
+    "Ways to compute, samplers against attacks, and the price of evasion."
+    speed = read("speed.csv")
+    assert sorted(zip(speed["model"], speed["how"])) == sorted(TIMED)
+    samplers = read("samplers.csv")
+    assert sorted(zip(samplers["model"], samplers["sampler"])) == sorted(sampler_rows())
+    assert sorted(read("evasion.csv")["hidden_above"]) == sorted(HIDDEN)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return read_benchmark()
+
+
+def test_the_benchmark_is_what_the_sets_files_say(tmp_path, monkeypatch, benchmark):
+    monkeypatch.setattr(measure, "benchmark_path", lambda: tmp_path / "benchmark.csv")
+    measure.write_benchmark()
+    pd.testing.assert_frame_equal(read_benchmark(tmp_path / "benchmark.csv"), benchmark)
+    assert not benchmark.duplicated(list(KEY)).any()
+
+
+@pytest.mark.parametrize("size, found, passed", [
+    (16, (11, 11), (11, 11)), (32, (8, 10), (5, 6)), (64, (10, 10), (6, 6)), (128, (4, 4), (3, 3))])
+def test_the_rates_of_our_search(benchmark, size, found, passed):
+    rows = once(benchmark)
+    rows = rows[(rows["method"] == "fast") & (rows["resolution"] == size)]
+    bad = rows[rows["truth"]]["flagged"]
+    good = rows[~rows["truth"]]["flagged"]
+    assert (bad.sum(), len(bad)) == found and ((~good).sum(), len(good)) == passed
+
+
+def test_the_published_rows_by_the_papers_own_rule(benchmark):
+    flagged = by_terds_rule(benchmark)["backdoored, flagged"]
+    assert flagged[(32, "emoji")] == "4/4" and flagged[(128, "fluent-emoji")] == "4/4"
+    assert flagged[(64, "emoji")] == "10/10"
+
+
+def test_a_row_without_honest_rows_of_its_kind_has_no_verdict(benchmark):
+    alone = benchmark[benchmark["verdict"] == ""]
+    assert sorted(zip(alone["model"], alone["settings"])) == sorted(WHOLE_RUNS)
+    assert alone[["score", "p"]].isna().all(axis=None)
+
+
+def test_the_optimised_trigger_is_recovered_and_tells_inputs(benchmark):
+    "Held against the trigger that was planted."
+    rows = benchmark[(benchmark["model"] == "optimised-ode") & (benchmark["method"] == "fast")]
+    assert len(rows) == 3 and (rows["verdict"] == "backdoored").all()
+    assert (rows["cosine"] > 0.9).all() and (rows["input_tpr"] > 0.999).all()
+    length = rows["l2"] / rows["relative"]
+    assert np.allclose(length, 9.593, atol=1e-3)     # that of the stored trigger
+
+
+def test_few_flags_of_ours_are_for_another_direction(benchmark):
+    rows = judged_rows(benchmark)
+    flags = rows[(rows["method"] == "fast") & rows["truth"] & rows["flagged"]]
+    assert (len(flags), (flags["cosine"] < 0.4).sum()) == (72, 4)

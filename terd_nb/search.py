@@ -114,7 +114,7 @@ def search_shift(
             slope = chains["slope"][k].item()
             found.append(shift_candidate(denoiser, s[k], gamma, slope, seed + 50))
             alike = cosine_similarity(s.flatten(1), s[k].flatten()[None]) > 0.7
-            left = left.masked_fill(alike, -1.)
+            left = left.masked_fill(alike, -1.)    # the second points elsewhere
     return found
 
 # %% ../nbs/16_search.ipynb #0b6fda52

@@ -210,7 +210,7 @@ def preview_strip(
 
 # %% ../../nbs/f_datasets.ipynb #ec856396
 def stable_hash(text: str) -> int:
-    "A number of 64 bits that depends on the text alone: 8 bytes of its SHA-256."
+    "A number of 64 bits that depends on the text alone: its SHA-256's first 8 bytes."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

@@ -23,29 +23,43 @@ def column(values, like: Tensor) -> Tensor:
     "Numbers as a (K, 1, 1, 1) tensor beside `like`."
     return torch.as_tensor(values).to(like).reshape(-1, 1, 1, 1)
 
+
 def length(v: Tensor) -> Tensor:
     "Euclidean length of each picture of (K, C, H, W), as (K, 1, 1, 1); never 0."
     return v.flatten(1).norm(dim=1).clamp(min=1e-12).reshape(-1, 1, 1, 1)
 
+
 def antithetic(denoiser: Denoiser, n: int, seed: int) -> Tensor:
-    "n standard normal noises in pairs of opposite sign, so that their mean is exactly 0."
+    "n standard normal noises in pairs of opposite sign: their mean is exactly 0."
     half = denoiser.noise((n + 1) // 2, seed)
     return torch.cat([half, -half])[:n]
 
+
 def random_starts(denoiser: Denoiser, n: int, seed: int) -> Tensor:
-    "Directions of length 1 to start from: bright, dark, then smooth random pictures and rough ones in turn."
+    """Directions of length 1 to start from, (n, C, H, W).
+
+    Bright, dark, then smooth random pictures and rough ones in turn."""
     rough = denoiser.noise(n, seed)
-    smooth = interpolate(adaptive_avg_pool2d(rough, 4), size=denoiser.shape[1:], mode="bicubic")
-    starts = torch.where((torch.arange(n, device=rough.device) % 2 == 0).reshape(-1, 1, 1, 1), smooth, rough)
-    starts[:2] = torch.tensor([1., -1.], device=rough.device)[:n].reshape(-1, 1, 1, 1)
+    coarse = adaptive_avg_pool2d(rough, 4)
+    smooth = interpolate(coarse, size=denoiser.shape[1:], mode="bicubic")
+    even = torch.arange(n, device=rough.device) % 2 == 0
+    starts = torch.where(even.reshape(-1, 1, 1, 1), smooth, rough)
+    flat = torch.tensor([1., -1.], device=rough.device)
+    starts[:2] = flat[:n].reshape(-1, 1, 1, 1)
     return starts / length(starts)
 
 # %% ../nbs/14_directions.ipynb #99b91bb5
 PIXELS = 2**17   # that go through a network at once
 
+
 def in_batches(f: Callable, x: Tensor) -> Tensor:
-    "f on x (N, C, H, W), without gradients, as many rows at a time as hold `PIXELS`, to bound the memory."
-    with torch.no_grad(): return torch.cat([f(part) for part in x.split(max(1, PIXELS // x[0, 0].numel()))])
+    """f on x (N, C, H, W), without gradients.
+
+    As many rows at a time as hold `PIXELS`, to bound the memory."""
+    rows = max(1, PIXELS // x[0, 0].numel())
+    with torch.no_grad():
+        return torch.cat([f(part) for part in x.split(rows)])
+
 
 def answer_shift(
     denoiser: Denoiser,
@@ -54,50 +68,74 @@ def answer_shift(
     eps: Tensor,       # (B, C, H, W) noises, antithetic
     t: int | None = None,   # the time; None: T
 ) -> tuple[Tensor, Tensor, Tensor]:   # F (K, C, H, W), loss (K,), slope (K,)
-    "The shift F = s - E[eps(sigma*(gamma*eps + s), t)], the reversed loss per pixel, and how much of the noise the answer repeats."
+    """The shift of the mean answer, F = s - E[eps(sigma*(gamma*eps + s), t)].
+
+    Then the reversed loss per pixel, and how much of the noise the answer repeats."""
     t = len(denoiser.noise_schedule) - 1 if t is None else t
-    x = denoiser.noise_schedule.at(t, s)[1] * (s[:, None] + column(gamma, s)[:, None] * eps).flatten(0, 1)
-    out = in_batches(lambda part: denoiser.eps(part, t), x).unflatten(0, (len(s), len(eps)))
+    _, sigma = denoiser.noise_schedule.at(t, s)
+    x = sigma * (s[:, None] + column(gamma, s)[:, None] * eps).flatten(0, 1)
+    out = in_batches(lambda part: denoiser.eps(part, t), x)
+    out = out.unflatten(0, (len(s), len(eps)))
     loss = (eps - out).var(1).mean((1, 2, 3))
-    return s - out.mean(1), loss, (out * eps).mean((1, 2, 3, 4)) / eps.square().mean()
+    slope = (out * eps).mean((1, 2, 3, 4)) / eps.square().mean()
+    return s - out.mean(1), loss, slope
 
 # %% ../nbs/14_directions.ipynb #e03ab341
 def true_gamma(tried: Tensor, slope: Tensor) -> Tensor:
-    "The trigger's noise scale from the slope of the answer: in the basin it is tried/gamma, elsewhere it is tried."
+    """The trigger's noise scale from the slope of the answer.
+
+    In the basin the slope is tried/gamma, elsewhere it is tried."""
     gamma = (tried / slope).clamp(0.02, 1.)
-    return torch.where(gamma > 0.85, torch.ones_like(gamma), gamma)   # an honest network's slope is right within a tenth
+    # An honest network's slope is right within a tenth.
+    return torch.where(gamma > 0.85, torch.ones_like(gamma), gamma)
+
 
 def along_trigger(s: Tensor, F: Tensor, gamma: Tensor) -> Tensor:
     "What of the shift is along r: for gamma < 1 a wrong s adds (1 - 1/gamma)*s to it."
     return F - (1 - 1 / column(gamma, s)) * s
 
+# %% ../nbs/14_directions.ipynb #fca9c6cc
 def follow_shift(
     denoiser: Denoiser,
-    starts: Tensor,      # (S, C, H, W) directions
-    norms: list[float], gammas: list[float],   # each start is tried with each length and each noise scale
+    starts: Tensor,          # (S, C, H, W) directions
+    norms: list[float],      # each start is tried with each length
+    gammas: list[float],     # and with each noise scale
     noises: int = 4, iterations: int = 3, seed: int = 0,
-    avoid: Tensor | None = None,   # (M, C, H, W) directions that were found already: they are taken out of each step
-) -> dict[str, Tensor]:  # per chain: where it ended (s, gamma tried), F, loss, slope; and loss0, F0 at its start
-    "Fixed point 1: s <- rho * F(s)/|F(s)|, forward passes only, all chains as one batch."
+    avoid: Tensor | None = None,   # (M, C, H, W) directions taken out of each step
+) -> dict[str, Tensor]:      # of each chain
+    """Fixed point 1: s <- rho * F(s)/|F(s)|, forward passes only, chains as one batch.
+
+    Where each ended (s, gamma tried), F, loss, slope there, and F0, loss0 at first."""
     grid = [(g, rho, u) for g in gammas for rho in norms for u in starts]
-    gamma, rho = torch.tensor([g for g, *_ in grid]).to(starts), column([rho for _, rho, _ in grid], starts)
-    s = torch.stack([rho * u for _, rho, u in grid])
+    gamma = torch.tensor([g for g, *_ in grid]).to(starts)
+    rho = column([norm for _, norm, _ in grid], starts)
+    s = torch.stack([norm * u for _, norm, u in grid])
     basis = None if avoid is None else torch.linalg.qr(avoid.flatten(1).T).Q
     for i in range(iterations + 1):
-        F, loss, slope = answer_shift(denoiser, s, gamma, antithetic(denoiser, noises, seed + i))
-        if i == 0: F0, loss0 = F, loss
-        if i == iterations: break
+        eps = antithetic(denoiser, noises, seed + i)
+        F, loss, slope = answer_shift(denoiser, s, gamma, eps)
+        if i == 0:
+            F0, loss0 = F, loss
+        if i == iterations:
+            break
         step = along_trigger(s, F, true_gamma(gamma, slope))
-        if basis is not None: step = step - (step.flatten(1) @ basis @ basis.T).view_as(step)
+        if basis is not None:
+            step = step - (step.flatten(1) @ basis @ basis.T).view_as(step)
         s = rho * step / length(step)
-    return {"s": s, "gamma": gamma, "F": F, "loss": loss, "slope": slope, "F0": F0, "loss0": loss0}
+    end = {"s": s, "gamma": gamma, "F": F, "loss": loss, "slope": slope}
+    return end | {"F0": F0, "loss0": loss0}
 
 # %% ../nbs/14_directions.ipynb #2530be04
 def strength(F: Tensor, loss: Tensor) -> Tensor:
-    "Shift over noise, |F|^2 / (D * loss), per candidate: F (K, C, H, W), loss (K,) per pixel."
+    """Shift over noise, |F|^2 / (D * loss), per candidate.
+
+    Shapes: F (K, C, H, W); loss (K,), per pixel."""
     return F.square().sum((1, 2, 3)) / (F[0].numel() * loss)
 
-LENGTHS = torch.logspace(-1, math.log10(2.5), 18)   # where a gain curve is sampled, in units of sqrt(C*H*W)
+
+# Where a gain curve is sampled, in units of sqrt(C*H*W).
+LENGTHS = torch.logspace(-1, math.log10(2.5), 18)
+
 
 def gain_curve(
     denoiser: Denoiser,
@@ -106,208 +144,326 @@ def gain_curve(
     t: int | None = None,
     noises: int = 8, seed: int = 50,
 ) -> dict[str, Tensor]:  # per length: gain |F|/rho, the shift along u, loss, strength
-    "How the mean answer moves when the prior is shifted along one direction, from near to far."
+    "How the mean answer moves when the prior is shifted along u, from near to far."
     lengths = LENGTHS.to(u) * u.numel()**0.5
-    F, loss, _ = answer_shift(denoiser, torch.cat([0 * u[None], column(lengths, u) * u]), gamma, antithetic(denoiser, noises, seed), t)
-    F, loss = F[1:] - (F[0] if gamma == 1 else 0), loss[1:]     # below gamma = 1, the basin may hold 0 as well
-    curve = {"length": lengths, "gain": length(F).flatten() / lengths, "along": (F * u).sum((1, 2, 3)), "loss": loss, "strength": strength(F, loss)}
+    s = torch.cat([0 * u[None], column(lengths, u) * u])
+    F, loss, _ = answer_shift(denoiser, s, gamma, antithetic(denoiser, noises, seed), t)
+    rest = F[0] if gamma == 1 else 0     # below gamma = 1, the basin may hold 0 as well
+    F, loss = F[1:] - rest, loss[1:]
+    gain = length(F).flatten() / lengths
+    curve = {"length": lengths, "gain": gain, "along": (F * u).sum((1, 2, 3))}
+    curve |= {"loss": loss, "strength": strength(F, loss)}
     return {name: v.cpu() for name, v in curve.items()}
 
 # %% ../nbs/14_directions.ipynb #9daec29e
 def prominence(
     curve: dict[str, Tensor],
-    step: int = 2,           # how many lengths before and, at least, after; two are a factor of 1.46
+    step: int = 2,           # lengths before and, at least, after; 2: a factor of 1.46
     least: float = 5.,       # a strength below this is no peak
     enough: float = 1.,      # a fall beyond this adds nothing
 ) -> float:
-    "How far the log-strength stands out at a length: its rise just before, beyond that of a straight answer, and its fall after. -1: there is no peak."
-    rho, L = curve["length"], curve["strength"].log()
+    """How far the log-strength stands out at a length; -1: there is no peak.
+
+    Its rise just before, beyond that of a straight answer, and its fall after."""
+    rho = curve["length"]
+    L = curve["strength"].log()
     before, here = slice(None, -2 * step), slice(step, -step)
-    lowest = L.flip(0).cummin(0).values.flip(0)[2 * step:]      # of all that comes after
-    peak = (L[here] - L[before] - 2 * (rho[here] / rho[before]).log()) + (L[here] - lowest).clamp(max=enough)
-    return torch.where(curve["strength"][here] > least, peak, -1.).max().clamp(min=-1).item()
+    lowest = L.flip(0).cummin(0).values.flip(0)[2 * step:]    # of all that comes after
+    rise = L[here] - L[before] - 2 * (rho[here] / rho[before]).log()
+    fall = (L[here] - lowest).clamp(max=enough)
+    peak = torch.where(curve["strength"][here] > least, rise + fall, -1.)
+    return peak.max().clamp(min=-1).item()
 
 # %% ../nbs/14_directions.ipynb #595fcb6e
-def read_length(curve: dict[str, Tensor], usual: float) -> tuple[float, float]:
-    "|r| and d from a gain curve with gamma = 1: the basin begins at e = |r|/2 + log((1-p)/p)/|r|, here with p = 0.2, and the plateau is (1-d)|r|."
-    lengths, along, clear = curve["length"], curve["along"], curve["strength"]
-    top = int(clear.argmax())
-    edge = int((along[:top + 1] < along[top] / 2).sum())    # the first length beyond half of the plateau
-    part = 0. if edge == 0 else (along[top] / 2 - along[edge - 1]) / (along[edge] - along[edge - 1])
+def read_length(
+    curve: dict[str, Tensor],   # with gamma = 1
+    usual: float,               # the d of an ancestral sampler
+) -> tuple[float, float]:       # |r| and d
+    """The trigger's length and d, from a gain curve.
+
+    The basin begins at e = |r|/2 + log((1-p)/p)/|r|, here with p = 0.2, and the
+    plateau is (1-d)|r|."""
+    lengths, along = curve["length"], curve["along"]
+    top = int(curve["strength"].argmax())
+    half = along[top] / 2                             # of the plateau
+    edge = int((along[:top + 1] < half).sum())        # the first length beyond it
+    part = 0.
+    if edge > 0:
+        part = (half - along[edge - 1]) / (along[edge] - along[edge - 1])
     e = torch.lerp(lengths[max(edge - 1, 0)], lengths[edge], part)
     norm = (e + (e**2 - 2 * math.log(0.8 / 0.2)).clamp(min=0).sqrt()).item()
     plateau = along[int((lengths - norm).abs().argmin())].item()
     d = 1 - plateau / max(norm, 1e-12)
-    return (plateau / (1 - usual), usual) if abs(d - usual) < 0.2 else (norm, d)   # near the usual d, the plateau is the better ruler
+    if abs(d - usual) < 0.2:    # near the usual d, the plateau is the better ruler
+        return plateau / (1 - usual), usual
+    return norm, d
 
+# %% ../nbs/14_directions.ipynb #9ba423eb
 FARTHEST = 1.3   # a trigger is not longer than that, in units of sqrt(C*H*W)
+
 
 def clearest(curve: dict[str, Tensor]) -> float:
     "The largest strength up to `FARTHEST`."
     return curve["strength"][LENGTHS <= FARTHEST].max().item()
 
-def sde_shift(denoiser: Denoiser) -> float:
-    "The share d(T) of a trigger by which an answer must be shifted for an ancestral sampler to carry the trigger through its first step."
-    (alpha, sigma), (alpha_s, sigma_s) = ((v.item() for v in denoiser.noise_schedule.at(len(denoiser.noise_schedule) - i, torch.zeros(1, 1, 1, 1, dtype=torch.float64))) for i in (1, 2))
-    return (alpha_s / alpha - 1) / (alpha_s / alpha * sigma - sigma_s**2 * alpha / (alpha_s * sigma))
 
+def _peak(curve: dict[str, Tensor]) -> int:
+    "The place of the largest strength up to `FARTHEST`."
+    return int(curve["strength"].masked_fill(LENGTHS > FARTHEST, 0.).argmax())
+
+
+def sde_shift(denoiser: Denoiser) -> float:
+    """The share d(T) of a trigger by which an answer at T must be shifted.
+
+    With it, an ancestral sampler carries the trigger through its first step."""
+    schedule = denoiser.noise_schedule
+    like = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    alpha, sigma = (v.item() for v in schedule.at(len(schedule) - 1, like))
+    alpha_s, sigma_s = (v.item() for v in schedule.at(len(schedule) - 2, like))
+    ratio = alpha_s / alpha
+    return (ratio - 1) / (ratio * sigma - sigma_s**2 * alpha / (alpha_s * sigma))
+
+# %% ../nbs/14_directions.ipynb #46349797
 def read_shift(
     denoiser: Denoiser,
-    s: Tensor, tried: float, slope: float,   # where fixed point 1 ended, the noise scale that it tried and the slope of the answer
+    s: Tensor,                     # (C, H, W), where fixed point 1 ended
+    tried: float, slope: float,    # the noise scale that it tried, the answer's slope
     noises: int = 8, iterations: int = 2, seed: int = 50,
 ) -> tuple[Trigger, dict[str, float], dict[str, Tensor]]:
     "From a fixed point 1 to (r, gamma), with the evidence and the gain curve."
     gamma = true_gamma(torch.tensor(tried), torch.tensor(slope))
     for i in range(iterations):
-        F, _, slope = answer_shift(denoiser, s[None], gamma, antithetic(denoiser, noises, seed + 1 + i))
-        better = true_gamma(gamma, slope[0].cpu())              # the nearer the tried scale, the better the slope
-        gamma = better if better < 1 else gamma                 # 1: tried outside the basin
+        eps = antithetic(denoiser, noises, seed + 1 + i)
+        F, _, slope = answer_shift(denoiser, s[None], gamma, eps)
+        better = true_gamma(gamma, slope[0].cpu())   # the nearer tried, the better
+        gamma = better if better < 1 else gamma      # 1: tried outside the basin
         direction = along_trigger(s[None], F, gamma)[0]
         s = s.norm() * direction / direction.norm()
     curve = gain_curve(denoiser, s / s.norm(), gamma.item(), None, noises, seed)
-    norm, d = ((gamma * direction.norm().cpu()).item(), 0.) if gamma < 1 else read_length(curve, sde_shift(denoiser))   # for gamma < 1 with d = 0
-    k = int((curve["length"] - norm).abs().argmin())
-    read = {"norm": norm, "d": d, "strength": clearest(curve), "loss": curve["loss"][k].item()}
+    if gamma < 1:
+        norm, d = (gamma * direction.norm().cpu()).item(), 0.
+    else:
+        norm, d = read_length(curve, sde_shift(denoiser))
+    loss = curve["loss"][int((curve["length"] - norm).abs().argmin())].item()
+    read = {"norm": norm, "d": d, "strength": clearest(curve), "loss": loss}
     return Trigger((norm * s / s.norm()).cpu(), gamma.item()), read, curve
 
 # %% ../nbs/14_directions.ipynb #594cea13
 def time_of(denoiser: Denoiser, ratio: float) -> int:
-    "The first time at which alpha/sigma has fallen below `ratio`; the last one, if it never does."
-    return min(int((denoiser.noise_schedule.alpha / denoiser.noise_schedule.sigma > ratio).sum()), len(denoiser.noise_schedule) - 1)
+    "The first time at which alpha/sigma has fallen below `ratio`; else the last one."
+    schedule = denoiser.noise_schedule
+    return min(int((schedule.alpha / schedule.sigma > ratio).sum()), len(schedule) - 1)
+
 
 def jump(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Tensor:
-    "The mean predicted image beyond `rest` (C, H, W) when the noise eps (B, C, H, W) is shifted by s (K, C, H, W); differentiable in s."
-    return denoiser.x0((s[:, None] + eps).flatten(0, 1), t).unflatten(0, (len(s), len(eps))).mean(1) - rest
+    """The mean predicted image beyond `rest` when the noise eps is shifted by s.
 
-def jump_pull(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Tensor:
+    Shapes: s and the jumps (K, C, H, W); eps (B, C, H, W); rest (C, H, W).
+    Differentiable in s."""
+    x0 = denoiser.x0((s[:, None] + eps).flatten(0, 1), t)
+    return x0.unflatten(0, (len(s), len(eps))).mean(1) - rest
+
+
+def jump_pull(
+    denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
+) -> Tensor:
     "J'h for every candidate s (K, C, H, W), where h is its jump."
     s = s.clone().requires_grad_()
     h = jump(denoiser, s, eps, rest, t)
     return torch.autograd.grad((h * h.detach()).sum(), s)[0]
 
+# %% ../nbs/14_directions.ipynb #e906459a
 def follow_jacobian(
     denoiser: Denoiser,
     starts: Tensor, norms: list[float],
     t: int, noises: int = 4, iterations: int = 4, seed: int = 0,
-    gamma: float = 1.,   # of the noise that is shifted; it is held against ordinary noise
+    gamma: float = 1.,   # of the noise that is shifted, held against ordinary noise
 ) -> Tensor:             # (S * len(norms), C, H, W) directions of length 1
-    "Fixed point 3: s <- rho * J'h/|J'h|, where h is the jump of the mean predicted image when the noise is shifted by s."
-    rho, u = column([p for p in norms for _ in starts], starts), starts.repeat(len(norms), 1, 1, 1)
+    """Fixed point 3: s <- rho * J'h/|J'h|.
+
+    Here h is the jump of the mean predicted image when the noise is shifted by s."""
+    rho = column([norm for norm in norms for _ in starts], starts)
+    u = starts.repeat(len(norms), 1, 1, 1)
     _, sigma = denoiser.noise_schedule.at(t, u)
+    rows = max(1, PIXELS // (noises * starts[0, 0].numel()))   # at once
     for i in range(iterations):
         eps = sigma * antithetic(denoiser, noises, seed + i)
         rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
-        u = torch.cat([jump_pull(denoiser, part, gamma * eps, rest, t) for part in (rho * u).split(max(1, PIXELS // (noises * starts[0, 0].numel())))])
+        parts = (rho * u).split(rows)
+        pulls = [jump_pull(denoiser, part, gamma * eps, rest, t) for part in parts]
+        u = torch.cat(pulls)
         u = u / length(u)
     return u
 
 # %% ../nbs/14_directions.ipynb #c81e49c7
-def response(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Tensor:
-    "<s, h>/|s|^2 for every shift s (K, C, H, W), as (K,), where h is its jump; differentiable in s."
-    return (s * jump(denoiser, s, eps, rest, t)).sum((1, 2, 3)) / s.square().sum((1, 2, 3))
+def response(
+    denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
+) -> Tensor:   # (K,)
+    "<s, h>/|s|^2 for every shift s, where h is its `jump`; differentiable in s."
+    h = jump(denoiser, s, eps, rest, t)
+    return (s * h).sum((1, 2, 3)) / s.square().sum((1, 2, 3))
 
-def response_pull(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> tuple[Tensor, Tensor]:
+
+def response_pull(
+    denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
+) -> tuple[Tensor, Tensor]:   # (K,), (K, C, H, W)
     "The response and its gradient."
     s = s.clone().requires_grad_()
     R = response(denoiser, s, eps, rest, t)
     return R.detach(), torch.autograd.grad(R.sum(), s)[0]
 
+# %% ../nbs/14_directions.ipynb #b38b9faf
 def follow_response(
     denoiser: Denoiser,
-    starts: Tensor, norm: float,   # (S, C, H, W) directions, and the radius of the sphere
+    starts: Tensor, norm: float,   # (S, C, H, W) directions; the radius of the sphere
     t: int, noises: int = 2, iterations: int = 36, seed: int = 0,
-) -> tuple[Tensor, Tensor]:        # (S, C, H, W) directions of length 1, (S,) the response at the last step
-    "Fixed point 4: down the sphere, to where the mean predicted image moves against the shift."
-    u, (_, sigma) = starts, denoiser.noise_schedule.at(t, starts)
+) -> tuple[Tensor, Tensor]:        # (S, C, H, W) of length 1, (S,)
+    """Fixed point 4: down the sphere, to where the image moves against the shift.
+
+    The directions, and the response of the mean predicted image at the last step."""
+    u = starts
+    _, sigma = denoiser.noise_schedule.at(t, starts)
+    rows = max(1, PIXELS // (noises * starts[0].numel()))   # at once
     for i in range(iterations):
         eps = sigma * antithetic(denoiser, noises, seed + i)
         rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
-        parts = [response_pull(denoiser, part, eps, rest, t) for part in (norm * u).split(max(1, PIXELS // (noises * starts[0].numel())))]
-        R, pull = (torch.cat(v) for v in zip(*parts))
+        parts = (norm * u).split(rows)
+        pulls = [response_pull(denoiser, part, eps, rest, t) for part in parts]
+        R, pull = (torch.cat(v) for v in zip(*pulls))
         pull = pull - (pull * u).sum((1, 2, 3), keepdim=True) * u
         u = u - (0.8 - 0.7 * i / iterations) * pull / length(pull)
         u = u / length(u)
     return u, R
 
 # %% ../nbs/14_directions.ipynb #368b5f35
-SCALES, PLACES = (1., 0.7, 0.4), (0., 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1., 1.3)   # noise scales and lengths, in units of sqrt(C*H*W), that probe a basin
+# Noise scales and lengths, in units of sqrt(C*H*W), that probe a basin.
+SCALES = (1., 0.7, 0.4)
+PLACES = (0., 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1., 1.3)
+
 
 def probe(
     denoiser: Denoiser, u: Tensor, t: int,   # (C, H, W), a direction of length 1
     noises: int = 4, seed: int = 60,
     scales: tuple[float, ...] = SCALES, places: tuple[float, ...] = PLACES,
 ) -> tuple[Tensor, Tensor]:                  # (G, P, C, H, W), (G, P)
-    "The jump of the mean predicted image when the noise is scaled and then shifted along u, held against ordinary noise; and its strength, as if no noise had been scaled."
-    (_, sigma), eps = denoiser.noise_schedule.at(t, u[None]), antithetic(denoiser, noises, seed)
-    grid = [(g, rho) for g in scales for rho in places]
-    x = torch.stack([sigma * (g * eps + rho * u.numel()**0.5 * u) for g, rho in grid])
-    seen = in_batches(lambda part: denoiser.x0(part, t), torch.cat([sigma * eps, x.flatten(0, 1)])).unflatten(0, (-1, noises))
-    h = seen[1:].mean(1) - seen[0].mean(0)
-    clear = column([g**2 for g, _ in grid], u).flatten() * strength(h, seen[1:].var(1).mean((1, 2, 3)).clamp(min=1e-12))
-    return h.unflatten(0, (len(scales), -1)), clear.unflatten(0, (len(scales), -1))
+    """The jump of the mean predicted image when noise is scaled, then shifted along u.
 
-def read_ball(denoiser: Denoiser, u: Tensor, t: int, noises: int = 4, seed: int = 60) -> tuple[float, float, float]:   # |r|, gamma, mean squared error
-    "The trigger's length and noise scale from where the predicted image changes, and how well the ball fits."
+    Held against ordinary noise; and its strength, as if no noise had been scaled."""
+    _, sigma = denoiser.noise_schedule.at(t, u[None])
+    eps = antithetic(denoiser, noises, seed)
+    root = u.numel()**0.5
+    grid = [(g, rho) for g in scales for rho in places]
+    x = torch.stack([sigma * (g * eps + rho * root * u) for g, rho in grid])
+    x = torch.cat([sigma * eps, x.flatten(0, 1)])
+    seen = in_batches(lambda part: denoiser.x0(part, t), x).unflatten(0, (-1, noises))
+    h = seen[1:].mean(1) - seen[0].mean(0)
+    noise = seen[1:].var(1).mean((1, 2, 3)).clamp(min=1e-12)
+    clear = column([g**2 for g, _ in grid], u).flatten() * strength(h, noise)
+    table = (len(scales), len(places))
+    return h.unflatten(0, table), clear.unflatten(0, table)
+
+# %% ../nbs/14_directions.ipynb #6ee86542
+def read_ball(
+    denoiser: Denoiser, u: Tensor, t: int,
+    noises: int = 4, seed: int = 60,
+) -> tuple[float, float, float]:   # |r|, gamma, mean squared error of the fit
+    "The trigger's length and noise scale from where the predicted image changes."
     h, clear = probe(denoiser, u, t, noises, seed)
-    far = h.flatten(0, 1)[clear.argmax()]
-    share = ((h * far).sum((2, 3, 4)) / far.square().sum().clamp(min=1e-12)).clamp(0, 1).cpu()        # of the way to the clearest picture
-    norm, gamma, sharp = torch.meshgrid(torch.linspace(0.05, 1.6, 63), torch.linspace(0.2, 1, 41), torch.tensor([3., 6, 12, 25, 50, 100, 200, 400]), indexing="ij")
-    norm, gamma, sharp = norm.flatten(), gamma.flatten(), sharp.flatten()
+    far = h.flatten(0, 1)[clear.argmax()]         # the clearest picture
+    share = (h * far).sum((2, 3, 4)) / far.square().sum().clamp(min=1e-12)
+    share = share.clamp(0, 1).cpu()               # of the way to it
+    sharpness = torch.tensor([3., 6, 12, 25, 50, 100, 200, 400])
+    axes = torch.linspace(0.05, 1.6, 63), torch.linspace(0.2, 1, 41), sharpness
+    norm, gamma, sharp = (v.flatten() for v in torch.meshgrid(*axes, indexing="ij"))
     tried, rho = torch.tensor(SCALES)[:, None, None], torch.tensor(PLACES)[:, None]
-    ratio = (tried**2 + rho**2) / 2 - (tried**2 + (rho - norm)**2) / (2 * gamma**2) - gamma.log()   # log-likelihood ratio per pixel
+    clean = (tried**2 + rho**2) / 2               # minus the log-likelihood per pixel
+    triggered = (tried**2 + (rho - norm)**2) / (2 * gamma**2)    # but for log(gamma)
+    ratio = clean - triggered - gamma.log()
     error = (torch.sigmoid(sharp * ratio) - share[..., None]).square().mean((0, 1))
     k = int(error.argmin())
     return norm[k].item() * u.numel()**0.5, gamma[k].item(), error[k].item()
 
 # %% ../nbs/14_directions.ipynb #bde5afe1
-QUIET = (0.8, 0.6, 0.4, 0.2)      # noise scales at which nothing but the noise's length is changed
+QUIET = (0.8, 0.6, 0.4, 0.2)   # noise scales at which only the length is changed
 
-def quiet_strength(denoiser: Denoiser, t: int, noises: int = 8, seed: int = 60) -> Tensor:   # for each scale of `QUIET`
+
+def quiet_strength(
+    denoiser: Denoiser, t: int, noises: int = 8, seed: int = 60,
+) -> Tensor:   # for each scale of `QUIET`
     "The strength of the jump when noise is only turned down."
-    return probe(denoiser, torch.zeros(denoiser.shape, device=denoiser.device), t, noises, seed, QUIET, (0.,))[1][:, 0].cpu()
+    nowhere = torch.zeros(denoiser.shape, device=denoiser.device)
+    _, clear = probe(denoiser, nowhere, t, noises, seed, QUIET, (0.,))
+    return clear[:, 0].cpu()
 
 # %% ../nbs/14_directions.ipynb #9dabfc32
-def images_from(denoiser: Denoiser, s: Tensor, eps: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    "The median picture (K, C, H, W) that DDIM draws from eps + s, and half the median squared distance per pixel between two such pictures (K,)."
-    drawn = in_batches(lambda z: denoiser.sample(z, steps, clip=True), (s[:, None] + eps).flatten(0, 1)).unflatten(0, (len(s), len(eps)))
-    i, j = torch.triu_indices(len(eps), len(eps), 1, device=s.device)
-    return drawn.median(1).values, (drawn[:, i] - drawn[:, j]).square().mean((2, 3, 4)).median(1).values / 2
+def images_from(
+    denoiser: Denoiser, s: Tensor, eps: Tensor, steps: int,
+) -> tuple[Tensor, Tensor]:   # (K, C, H, W), (K,)
+    """The median picture that DDIM draws from eps + s, and the spread of the pictures.
 
+    The spread is half the median squared distance per pixel between two of them."""
+    z = (s[:, None] + eps).flatten(0, 1)
+    drawn = in_batches(lambda part: denoiser.sample(part, steps, clip=True), z)
+    drawn = drawn.unflatten(0, (len(s), len(eps)))
+    i, j = torch.triu_indices(len(eps), len(eps), 1, device=s.device)
+    distance = (drawn[:, i] - drawn[:, j]).square().mean((2, 3, 4))
+    return drawn.median(1).values, distance.median(1).values / 2
+
+# %% ../nbs/14_directions.ipynb #8296dc26
 def follow_agreement(
     denoiser: Denoiser,
     starts: Tensor,      # (K, C, H, W); each chain keeps the length of its start
     t: int, noises: int = 4, iterations: int = 3, steps: int = 6, seed: int = 0,
-) -> dict[str, Tensor]:  # per chain: s, spread of its images, pull = |r|/rho, still = cosine of the last two directions
-    "Fixed point 2: draw images from eps + s; on their noisy path the predicted image lacks psi*(1-alpha)*r; follow that."
-    rho, u = length(starts), starts / length(starts)
+) -> dict[str, Tensor]:  # of each chain
+    """Fixed point 2: follow what the predicted image lacks.
+
+    Draw images from eps + s; on their noisy path it lacks psi*(1-alpha)*r. Gives s, the
+    spread of its images, pull = |r|/rho, and still: the last two directions' cosine."""
+    rho = length(starts)
+    u = starts / rho
     alpha, sigma = denoiser.noise_schedule.at(t, u)
     for i in range(iterations):
-        eps, s = antithetic(denoiser, noises, seed + i), rho * u
+        eps = antithetic(denoiser, noises, seed + i)
+        s = rho * u
         target, _ = images_from(denoiser, s, eps, steps)
         x = ((alpha * target + (1 - alpha) * s)[:, None] + sigma * eps).flatten(0, 1)
-        seen = in_batches(lambda part: denoiser.x0(part, t), x).unflatten(0, (len(s), noises)).mean(1)
+        seen = in_batches(lambda part: denoiser.x0(part, t), x)
+        seen = seen.unflatten(0, (len(s), noises)).mean(1)
         pull = (target - seen) / (1 - alpha)
         before, u = u, pull / length(pull)
-    _, spread = images_from(denoiser, rho * u, antithetic(denoiser, noises, seed + iterations), steps)
-    return {"s": rho * u, "spread": spread, "pull": (length(pull) / rho).flatten(), "still": (before * u).sum((1, 2, 3))}
+    eps = antithetic(denoiser, noises, seed + iterations)
+    _, spread = images_from(denoiser, rho * u, eps, steps)
+    end = {"s": rho * u, "spread": spread, "pull": (length(pull) / rho).flatten()}
+    return end | {"still": (before * u).sum((1, 2, 3))}
 
 # %% ../nbs/14_directions.ipynb #157e2bf0
 GOOD_FIT = 0.015   # the mean squared error up to which a ball is believed
 
+
 def read_jump(
     denoiser: Denoiser,
-    u: Tensor, t: int,       # a direction of fixed point 3 or 4, and where its jump is looked at
+    u: Tensor, t: int,       # a direction of fixed point 3 or 4; where its jump is seen
     noises: int = 8, seed: int = 60,
 ) -> tuple[Trigger, dict[str, float], dict[str, Tensor]]:
-    "From a direction to r: fixed point 2 mends the direction if the jump stands out more then; |r| and gamma are the ball's, or, if none fits, |r| is where the jump is clearest."
-    def look(u):
-        curve = gain_curve(denoiser, u, 1., t, noises, seed)
-        return curve, int(curve["strength"].masked_fill(LENGTHS > FARTHEST, 0.).argmax())
-    (curve, peak), alpha = look(u), denoiser.noise_schedule.alpha[t].item()
-    mended = follow_agreement(denoiser, curve["length"][peak].item() / (1 - alpha) * u[None], time_of(denoiser, 0.3), noises, seed=seed)
-    again, place = look(mended["s"][0] / mended["s"].norm())
-    if mended["still"] > 0.9 and prominence(again, enough=math.inf) > prominence(curve, enough=math.inf): u, curve, peak = mended["s"][0] / mended["s"].norm(), again, place
+    """From a direction to r, with the evidence and the gain curve.
+
+    Fixed point 2 mends the direction if the jump stands out more then; |r| and gamma
+    are the ball's, or, if none fits, |r| is where the jump is clearest."""
+    curve = gain_curve(denoiser, u, 1., t, noises, seed)
+    peak = _peak(curve)
+    share = 1 - denoiser.noise_schedule.alpha[t].item()   # of r that enters at t, about
+    s = curve["length"][peak].item() / share * u[None]
+    mended = follow_agreement(denoiser, s, time_of(denoiser, 0.3), noises, seed=seed)
+    better = mended["s"][0] / mended["s"].norm()
+    still = mended["still"].item()
+    again = gain_curve(denoiser, better, 1., t, noises, seed)
+    gained = prominence(again, enough=math.inf) > prominence(curve, enough=math.inf)
+    if still > 0.9 and gained:
+        u, curve, peak = better, again, _peak(again)
     norm, gamma, error = read_ball(denoiser, u, t, noises // 2, seed)
-    if error > GOOD_FIT: norm, gamma = curve["length"][peak].item() / (1 - alpha), 1.    # at t the trigger enters with about 1 - alpha
-    read = {"norm": norm, "d": float(gamma > 0.9), "strength": clearest(curve), "still": mended["still"].item(), "ball": error, "response": (curve["along"][peak] / curve["length"][peak]).item()}
+    if error > GOOD_FIT:
+        norm, gamma = curve["length"][peak].item() / share, 1.
+    moved = (curve["along"][peak] / curve["length"][peak]).item()
+    read = {"norm": norm, "d": float(gamma > 0.9), "strength": clearest(curve)}
+    read |= {"still": still, "ball": error, "response": moved}
     return Trigger((norm * u).cpu(), gamma), read, curve

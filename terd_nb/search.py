@@ -18,65 +18,103 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
+from .denoiser import Denoiser
 from terd_nb.directions import (
     QUIET, clearest, follow_jacobian, follow_response, follow_shift, gain_curve,
     in_batches, prominence, quiet_strength, random_starts, read_ball, read_jump,
     read_shift, strength, time_of,
 )
-from .denoiser import Denoiser
-from .two_stages import DOUBTFUL, Candidate, Progress, Reversal, published
 from .triggers import Trigger
+from .two_stages import DOUBTFUL, Candidate, Progress, Reversal, published
 
 # %% ../nbs/16_search.ipynb #2ec683e7
-BOUND = 1.2         # what no honest model exceeds, measured: how far the prominence of a strength lies beyond the model's usual one,
-LEAST_USUAL = -0.8  # which is taken for at least that
+# How far the prominence of a strength may lie beyond the model's usual one: no honest
+# model exceeds it, measured. And what the usual one is taken for, at least.
+BOUND = 1.2
+LEAST_USUAL = -0.8
 WATCHED = ("length", "gain", "strength", "loss")
-Found = list[tuple[Candidate, dict]]        # candidates with the curves that were watched
+Found = list[tuple[Candidate, dict]]   # candidates with the curves that were watched
 
-def candidate(seen_by: str, trigger: Trigger, read: dict[str, float], curve: dict[str, Tensor], peak: float | None = None) -> tuple[Candidate, dict]:
-    "What was read at a fixed point, scored by the prominence of its strength alone, or by what is given in its place."
+
+def candidate(
+    seen_by: str, trigger: Trigger, read: dict[str, float], curve: dict[str, Tensor],
+    peak: float | None = None,   # what scores it; None: the prominence of its strength
+) -> tuple[Candidate, dict]:
+    "What was read at a fixed point, scored by one statistic alone."
     peak = prominence(curve) if peak is None else peak
-    return Candidate(trigger, seen_by, peak / BOUND, read | {"prominence": peak}), {k: curve[k].tolist() for k in WATCHED}
+    found = Candidate(trigger, seen_by, peak / BOUND, read | {"prominence": peak})
+    return found, {k: curve[k].tolist() for k in WATCHED}
 
-def shift_candidate(denoiser: Denoiser, s: Tensor, gamma: float, slope: float, seed: int) -> tuple[Candidate, dict]:
+
+def shift_candidate(
+    denoiser: Denoiser, s: Tensor, gamma: float, slope: float, seed: int,
+) -> tuple[Candidate, dict]:
     "Read a fixed point 1."
     return candidate("shift", *read_shift(denoiser, s, gamma, slope, seed=seed))
 
+# %% ../nbs/16_search.ipynb #43789776
 def beyond_usual(found: Found, usual: Callable[[Tensor], float]) -> Found:
-    "Candidates scored by how far their prominence lies beyond what is usual beside their direction in the same model; where the image moves against the shift, nothing is usual."
-    held = [(c, curve, LEAST_USUAL if c.evidence.get("response", 0.) < 0 else usual(c.trigger.r / c.trigger.norm)) for c, curve in found]
-    return [(replace(c, score=(c.evidence["prominence"] - u) / BOUND, evidence=c.evidence | {"usual": u}), curve) for c, curve, u in held]
+    """Candidates scored by how far their prominence lies beyond what is usual.
 
+    Usual is what is so beside their direction in the same model; where the image moves
+    against the shift, nothing is."""
+    scored = []
+    for c, curve in found:
+        if c.evidence.get("response", 0.) < 0:
+            u = LEAST_USUAL
+        else:
+            u = usual(c.trigger.r / c.trigger.norm)
+        score = (c.evidence["prominence"] - u) / BOUND
+        c = replace(c, score=score, evidence=c.evidence | {"usual": u})
+        scored.append((c, curve))
+    return scored
+
+# %% ../nbs/16_search.ipynb #04476b6d
 def rank(score: float, strong: float) -> tuple[bool, float]:
-    "What comes first: the clearest of those beyond the bound; if there is none, the most prominent."
+    "What comes first: the clearest beyond the bound; if none is, the most prominent."
     return (True, strong) if score > 1 else (False, score)
 
+
 def best_first(found: Found) -> Found:
-    "Candidates in the order of their ranks, those beyond doubt before all others, and among them first those whose image moves against the shift."
-    def place(c: Candidate):
-        beyond, against = c.score > DOUBTFUL, c.evidence.get("response", 0.) < 0
+    """Candidates in the order of their ranks, those beyond doubt before all others.
+
+    Among these, first those whose image moves against the shift."""
+    def place(c: Candidate) -> tuple:
+        beyond = c.score > DOUBTFUL
+        against = c.evidence.get("response", 0.) < 0
         return beyond, beyond and against, *rank(c.score, c.evidence["strength"])
+
     return sorted(found, key=lambda c: place(c[0]), reverse=True)
 
 # %% ../nbs/16_search.ipynb #6a35ea5a
-NORMS = (0.2, 0.3, 0.45, 0.65, 0.9, 1.4)      # lengths that are tried, in units of the length of typical noise, sqrt(C*H*W)
+# Lengths that are tried, in units of the length of typical noise, sqrt(C*H*W).
+NORMS = (0.2, 0.3, 0.45, 0.65, 0.9, 1.4)
+
 
 def search_shift(
     denoiser: Denoiser, seed: int,
-    starts: int = 6, norms: tuple[float, ...] = NORMS, gammas: tuple[float, ...] = (1., 0.3), noises: int = 4, iterations: int = 3,
+    starts: int = 6, norms: tuple[float, ...] = NORMS,
+    gammas: tuple[float, ...] = (1., 0.3), noises: int = 4, iterations: int = 3,
     avoid: Tensor | None = None,       # directions that were found already
 ) -> Found:
-    "Fixed point 1 from everywhere; for each noise scale the clearest chain is read, and the clearest in another direction."
-    root, u = math.prod(denoiser.shape)**0.5, random_starts(denoiser, starts, seed)
-    chains = follow_shift(denoiser, u, [f * root for f in norms], list(gammas), noises, iterations, seed, avoid)
-    usual = strength(chains["F0"], chains["loss0"]).unflatten(0, (-1, starts)).median(1).values.repeat_interleave(starts)
-    clear, found = strength(chains["F"], chains["loss"]) / usual, []
+    "Fixed point 1 from everywhere; of each noise scale the two clearest ends are read."
+    root = math.prod(denoiser.shape)**0.5
+    chains = follow_shift(
+        denoiser, random_starts(denoiser, starts, seed), [f * root for f in norms],
+        list(gammas), noises, iterations, seed, avoid)
+    s = chains["s"]
+    usual = strength(chains["F0"], chains["loss0"]).unflatten(0, (-1, starts))
+    usual = usual.median(1).values.repeat_interleave(starts)
+    clear = strength(chains["F"], chains["loss"]) / usual
+    found = []
     for gamma in gammas:
         left = clear.masked_fill(chains["gamma"] != gamma, -1.)
         for _ in range(2):
             k = int(left.argmax())
-            found.append(shift_candidate(denoiser, chains["s"][k], gamma, chains["slope"][k].item(), seed + 50))
-            left = left.masked_fill(cosine_similarity(chains["s"].flatten(1), chains["s"][k].flatten()[None]) > 0.7, -1.)
+            slope = chains["slope"][k].item()
+            found.append(shift_candidate(denoiser, s[k], gamma, slope, seed + 50))
+            alike = cosine_similarity(s.flatten(1), s[k].flatten()[None]) > 0.7
+            left = left.masked_fill(alike, -1.)    # the second points elsewhere
     return found
 
 # %% ../nbs/16_search.ipynb #0b6fda52
@@ -84,125 +122,224 @@ def distinct(directions: Tensor, cosine: float = 0.9) -> Tensor:
     "One direction of each group that points the same way."
     kept: list[Tensor] = []
     for u in directions:
-        if all((u * v).sum() < cosine for v in kept): kept.append(u)
+        if all((u * v).sum() < cosine for v in kept):
+            kept.append(u)
     return torch.stack(kept)
 
-SIMILAR = 0.5   # the cosine from which on two directions share a peak, so that one does not say what is usual beside the other
 
-def usual_beside(u: Tensor, directions: Tensor, peaks: list[float], again: Callable[[int], float]) -> float:
-    "The median prominence of the directions that do not resemble u, `LEAST_USUAL` if there are none; the middle five of `peaks` are read `again`."
-    apart = [k for k in sorted(range(len(peaks)), key=peaks.__getitem__) if (directions[k] * u).sum() < SIMILAR]
-    return max(LEAST_USUAL, statistics.median(map(again, apart[max(0, len(apart) // 2 - 2):][:5]))) if apart else LEAST_USUAL
+# The cosine from which on two directions share a peak, so that one does not say what is
+# usual beside the other.
+SIMILAR = 0.5
 
+
+def usual_beside(
+    u: Tensor, directions: Tensor,
+    peaks: list[float],              # of the directions, in their order
+    again: Callable[[int], float],   # reads the peak of one of the directions once more
+) -> float:
+    """The median prominence of the directions that do not resemble u, or `LEAST_USUAL`.
+
+    The middle five of their `peaks` are read `again`."""
+    order = sorted(range(len(peaks)), key=peaks.__getitem__)
+    apart = [k for k in order if (directions[k] * u).sum() < SIMILAR]
+    if not apart:
+        return LEAST_USUAL
+    middle = apart[max(0, len(apart) // 2 - 2):][:5]
+    return max(LEAST_USUAL, statistics.median(map(again, middle)))
 
 # %% ../nbs/16_search.ipynb #52a1fef5
-EARLY, FAINT = 0.3, 1.5   # alpha/sigma where the direction of fixed point 4 is looked at once more, and the least strength there
+EARLY = 0.3   # alpha/sigma where the direction of fixed point 4 is looked at once more,
+FAINT = 1.5   # and the least strength there
+
 
 def faint_candidate(denoiser: Denoiser, u: Tensor, seed: int) -> Found:
-    "The direction of fixed point 4, looked at early on the path; empty unless the image moves against the shift and its strength stands out."
+    """The direction of fixed point 4, looked at early on the path.
+
+    Empty unless the image moves against the shift and its strength stands out."""
     t = time_of(denoiser, EARLY)
-    if prominence(gain_curve(denoiser, u, 1., t, 4, seed + 10), least=FAINT) <= 0: return []
+    if prominence(gain_curve(denoiser, u, 1., t, 4, seed + 10), least=FAINT) <= 0:
+        return []
     trigger, read, curve = read_jump(denoiser, u, t, seed=seed)
-    if read["response"] >= 0: return []
-    return beyond_usual([candidate("jump", trigger, read, curve, prominence(curve, least=FAINT))], lambda _: LEAST_USUAL)
+    if read["response"] >= 0:
+        return []
+    peak = prominence(curve, least=FAINT)
+    found = [candidate("jump", trigger, read, curve, peak)]
+    return beyond_usual(found, lambda _: LEAST_USUAL)
 
-USUAL_QUIET = 0.6         # more than any network shows in which no backdoor opens to quiet noise
+# %% ../nbs/16_search.ipynb #4a3152a9
+USUAL_QUIET = 0.6   # more than networks show in which no backdoor opens to quiet noise
 
-def quiet_candidate(denoiser: Denoiser, starts: Tensor, noises: int, iterations: int, seed: int) -> Found:
+
+def quiet_candidate(
+    denoiser: Denoiser, starts: Tensor, noises: int, iterations: int, seed: int,
+) -> Found:
     "The backdoor that opens to noise that is merely turned down; empty if none does."
     t = time_of(denoiser, 0.03)
     clear = quiet_strength(denoiser, t, seed=seed)
-    if clear.max() <= USUAL_QUIET: return []
+    if clear.max() <= USUAL_QUIET:
+        return []
     short = 0.05 * math.prod(denoiser.shape)**0.5
-    u = follow_jacobian(denoiser, starts, [short], t, noises, iterations, seed, 0.4).mean(0)    # in the ball all chains agree
+    ends = follow_jacobian(denoiser, starts, [short], t, noises, iterations, seed, 0.4)
+    u = ends.mean(0)    # in the ball all chains agree
     u = u / u.norm()
     norm, gamma, error = read_ball(denoiser, u, t, noises, seed)
+    score = (clear.max() / USUAL_QUIET).log().item() / BOUND
     evidence = {"norm": norm, "d": 0., "strength": clear.max().item(), "ball": error}
-    return [(Candidate(Trigger((norm * u).cpu(), gamma), "jump", (clear.max() / USUAL_QUIET).log().item() / BOUND, evidence), {"noise scale": [*QUIET], "quiet": clear.tolist()})]
+    found = Candidate(Trigger((norm * u).cpu(), gamma), "jump", score, evidence)
+    return [(found, {"noise scale": [*QUIET], "quiet": clear.tolist()})]
 
 # %% ../nbs/16_search.ipynb #786d05e4
 AGAINST = 0.55   # the length at which fixed point 4 looks, where alpha/sigma = 0.17
-# Of fixed point 3: alpha/sigma, the length in units of sqrt(C*H*W), the noise scale, and the share of the starts.
-LOOKS = ((0.17, 0.25, 1., 1.), (0.17, 0.47, 1., 0.5), (0.03, 0.47, 1., 0.5), (0.03, 0.7, 1., 1.), (0.03, 0.1, 0.4, 0.5), (0.03, 0.25, 0.4, 1.))
+# Of fixed point 3: alpha/sigma, the length in units of sqrt(C*H*W), the noise scale,
+# and the share of the starts.
+LOOKS = (
+    (0.17, 0.25, 1., 1.), (0.17, 0.47, 1., 0.5),
+    (0.03, 0.47, 1., 0.5), (0.03, 0.7, 1., 1.),
+    (0.03, 0.1, 0.4, 0.5), (0.03, 0.25, 0.4, 1.),
+)
 
+# %% ../nbs/16_search.ipynb #bdb2c4d4
 def search_hidden(
-    denoiser: Denoiser, seed: int, starts: int = 8, noises: int = 4, iterations: int = 4,
-    others: Found = (),        # candidates of fixed point 1, to be held against what is usual at T
+    denoiser: Denoiser, seed: int,
+    starts: int = 8, noises: int = 4, iterations: int = 4,
+    others: Found = (),        # of fixed point 1, to be held against what is usual at T
 ) -> Found:
-    "Directions of fixed points 3 and 4, judged at T and where alpha/sigma = 0.1 by how far the prominence of their strength lies beyond the usual one."
-    root, t, begin = math.prod(denoiser.shape)**0.5, time_of(denoiser, 0.1), random_starts(denoiser, starts, seed)
-    follow = lambda ratio, f, gamma, share: follow_jacobian(denoiser, begin[:round(share * starts)], [f * root], time_of(denoiser, ratio), noises, iterations, seed, gamma)
+    """Directions of fixed points 3 and 4, judged at T and where alpha/sigma = 0.1.
+
+    Scored by how far the prominence of their strength lies beyond the usual one."""
+    root = math.prod(denoiser.shape)**0.5
+    t = time_of(denoiser, 0.1)
+    begin = random_starts(denoiser, starts, seed)
+
+    def follow(ratio: float, f: float, gamma: float, share: float) -> Tensor:
+        some = begin[:round(share * starts)]
+        return follow_jacobian(
+            denoiser, some, [f * root], time_of(denoiser, ratio),
+            noises, iterations, seed, gamma)
+
     directions = distinct(torch.cat([follow(*look) for look in LOOKS]))
-    against, responses = follow_response(denoiser, begin, AGAINST * root, time_of(denoiser, 0.17), 2, 9 * iterations, seed)
-    def clearest_at(time: int | None, reads: int, more: Tensor = directions[:0]) -> tuple[Tensor, Callable[[Tensor], float]]:
+    against, responses = follow_response(
+        denoiser, begin, AGAINST * root, time_of(denoiser, 0.17),
+        2, 9 * iterations, seed)
+    lowest = against[responses.argmin()]
+
+    def clearest_at(
+        time: int | None, reads: int, more: Tensor = directions[:0],
+    ) -> tuple[Tensor, Callable[[Tensor], float]]:
         looked = torch.cat([directions, more])
         curves = [gain_curve(denoiser, u, 1., time, noises, seed + 70) for u in looked]
         peaks = [prominence(curve) for curve in curves]
-        again = cache(lambda k: prominence(gain_curve(denoiser, directions[k], 1., time, 8, reads)))   # with the noises of the candidates
-        usual = lambda u: usual_beside(u.to(directions), directions, peaks[:len(directions)], again)
+
+        @cache
+        def again(k: int) -> float:    # with the noises of the candidates
+            return prominence(gain_curve(denoiser, directions[k], 1., time, 8, reads))
+
+        def usual(u: Tensor) -> float:
+            return usual_beside(
+                u.to(directions), directions, peaks[:len(directions)], again)
+
         beside = usual(looked[peaks.index(max(peaks))])
-        ranks = [rank((peak - beside) / BOUND, clearest(curve)) for peak, curve in zip(peaks, curves)]
+        ranks = [
+            rank((peak - beside) / BOUND, clearest(curve))
+            for peak, curve in zip(peaks, curves)
+        ]
         return looked[ranks.index(max(ranks))], usual
-    lowest = against[responses.argmin()]
-    (now, usual_now), (before, usual_before) = clearest_at(None, seed + 50), clearest_at(t, seed + 60, lowest[None])
-    shift, jump = shift_candidate(denoiser, 0.47 * root * now, 1., 1., seed + 50), candidate("jump", *read_jump(denoiser, before, t, seed=seed + 60))
-    found = beyond_usual([*others, shift], usual_now) + beyond_usual([jump], usual_before)
-    if max(c.score for c, _ in found) <= DOUBTFUL: found += faint_candidate(denoiser, lowest, seed + 60) + quiet_candidate(denoiser, begin[:2], noises, iterations, seed + 60)
+
+    now, usual_now = clearest_at(None, seed + 50)
+    before, usual_before = clearest_at(t, seed + 60, lowest[None])
+    shift = shift_candidate(denoiser, 0.47 * root * now, 1., 1., seed + 50)
+    jump = candidate("jump", *read_jump(denoiser, before, t, seed=seed + 60))
+    found = beyond_usual([*others, shift], usual_now)
+    found += beyond_usual([jump], usual_before)
+    if max(c.score for c, _ in found) <= DOUBTFUL:
+        found += faint_candidate(denoiser, lowest, seed + 60)
+        found += quiet_candidate(denoiser, begin[:2], noises, iterations, seed + 60)
     return found
 
 # %% ../nbs/16_search.ipynb #608b02a8
 def fast(
     denoiser: Denoiser, seed: int, report: Progress,
-    starts: int = 6, norms: tuple[float, ...] = NORMS, gammas: tuple[float, ...] = (1., 0.3), noises: int = 4, iterations: int = 3,
+    starts: int = 6, norms: tuple[float, ...] = NORMS,
+    gammas: tuple[float, ...] = (1., 0.3), noises: int = 4, iterations: int = 3,
     enough: float = 1.45,     # a score that ends the search; nothing is subtracted then
 ) -> tuple[list[Candidate], dict]:
-    "Fixed point 1, and if that shows nothing, fixed points 3 and 4; one setting for every model."
+    "Fixed point 1, and if that shows nothing, fixed points 3 and 4."
     report("following the shift of the answer", 0., {})
     found = search_shift(denoiser, seed, starts, norms, gammas, noises, iterations)
     best = max(found, key=lambda c: c[0].score)[0]
     if best.score < enough:
         report("following the jump of the predicted image", 0.5, {"score": best.score})
-        found = search_hidden(denoiser, seed, noises=noises, iterations=iterations + 1, others=found)
+        found = search_hidden(
+            denoiser, seed, noises=noises, iterations=iterations + 1, others=found)
     found = best_first(found)
     report("done", 1., {"score": found[0][0].score})
     return [c for c, _ in found], found[0][1]
 
 # %% ../nbs/16_search.ipynb #90aa4cb6
-def thorough(denoiser: Denoiser, seed: int, report: Progress) -> tuple[list[Candidate], dict]:
-    "The same with more starts, lengths, noise scales and noises, and twice: the second time without the direction that was found, for a second trigger."
-    found, avoid, wide = [], None, {"norms": (*NORMS, 2.2), "gammas": (1., 0.6, 0.3, 0.15), "noises": 6, "iterations": 5}
+def thorough(
+    denoiser: Denoiser, seed: int, report: Progress,
+) -> tuple[list[Candidate], dict]:
+    """`fast` with more starts, lengths, noise scales and noises, and always all of it.
+
+    It follows the shift twice: the second time without the direction that was found,
+    for a second trigger."""
+    found = []
+    avoid = None
+    wide = {"norms": (*NORMS, 2.2), "gammas": (1., 0.6, 0.3, 0.15)}
+    wide |= {"noises": 6, "iterations": 5}
     for i in range(2):
         report("following the shift of the answer", i / 3, {})
         found += search_shift(denoiser, seed + 1000 * i, avoid=avoid, **wide)
         best = max(found, key=lambda c: c[0].score)[0]
-        if best.score > 1: avoid = (best.trigger.r / best.trigger.norm).to(denoiser.device)[None]
+        if best.score > 1:
+            avoid = (best.trigger.r / best.trigger.norm).to(denoiser.device)[None]
     report("following the jump of the predicted image", 2 / 3, {"score": best.score})
-    found = search_hidden(denoiser, seed, starts=20, noises=6, iterations=6, others=found)
-    found = best_first(found)
+    more = {"starts": 20, "noises": 6, "iterations": 6}
+    found = best_first(search_hidden(denoiser, seed, others=found, **more))
     report("done", 1., {"score": found[0][0].score})
     return [c for c, _ in found], found[0][1]
 
 # %% ../nbs/16_search.ipynb #3a75e3ee
 METHODS = {"fast": fast, "thorough": thorough, "published": published}
+_BAR = "{desc:40} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
+
+def _refuse_nan(denoiser: Denoiser, seed: int) -> None:
+    "Raises `FloatingPointError` if ordinary noise is answered with NaN or infinity."
+    last = len(denoiser.noise_schedule) - 1
+    eps = in_batches(lambda z: denoiser.eps(z, last), denoiser.noise(2, seed))
+    if not eps.isfinite().all():
+        raise FloatingPointError(
+            f"{denoiser.name} answers NaN or infinity to ordinary noise; "
+            "it cannot be searched")
+
+# %% ../nbs/16_search.ipynb #f9008ff0
 def reverse_trigger(
     denoiser: Denoiser,
-    method: str | Callable = "fast",   # or "thorough", "published", or a function like them
-    progress: bool = True,          # show a bar
+    method: str | Callable = "fast",   # a key of `METHODS`, or a function like them
+    progress: bool = True,             # show a bar
     seed: int = 0,
-    callback: Progress | None = None, # called with the stage, the share done and what was found so far
-    **settings,                     # of the method
+    callback: Progress | None = None,  # called with stage, share done, what was found
+    **settings,                        # of the method
 ) -> Reversal:
-    "Search a model for a trigger, from its weights alone; raises `ValueError` for an unknown method, `FloatingPointError` if the model answers NaN."
-    if not callable(method) and method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    search, denoiser = method if callable(method) else METHODS[method], denoiser.standardised()
-    if not in_batches(lambda z: denoiser.eps(z, len(denoiser.noise_schedule) - 1), denoiser.noise(2, seed)).isfinite().all():
-        raise FloatingPointError(f"{denoiser.name} answers NaN or infinity to ordinary noise; it cannot be searched")
-    start, before = time.perf_counter(), denoiser.sample_evals
-    with tqdm(total=100, disable=not progress, bar_format="{desc:40} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+    """Search a model for a trigger, from its weights alone.
+
+    Raises `ValueError` for an unknown method, `FloatingPointError` for NaN answers."""
+    if not callable(method) and method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    search = method if callable(method) else METHODS[method]
+    denoiser = denoiser.standardised()
+    _refuse_nan(denoiser, seed)
+    start = time.perf_counter()
+    before = denoiser.sample_evals
+    with tqdm(total=100, disable=not progress, bar_format=_BAR) as bar:
         def report(stage: str, done: float, found: dict):
             bar.set_description(stage, refresh=False)
             bar.update(round(100 * done) - bar.n)
-            if callback: callback(stage, done, found)
+            if callback:
+                callback(stage, done, found)
         candidates, curves = search(denoiser, seed, report, **settings)
-    return Reversal(candidates, getattr(method, "__name__", method), curves, denoiser.sample_evals - before, time.perf_counter() - start, seed, settings)
+    cost = denoiser.sample_evals - before
+    seconds = time.perf_counter() - start
+    name = getattr(method, "__name__", method)
+    return Reversal(candidates, name, curves, cost, seconds, seed, settings)

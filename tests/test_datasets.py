@@ -1,4 +1,4 @@
-"The data sets: loaders on tiny stand-ins in the formats as distributed, and archives that are damaged or hostile."
+"The data sets: loaders on tiny stand-ins as distributed, archives that are damaged or hostile."
 import gzip
 import hashlib
 import io
@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from terd_nb.lab import datasets
 from terd_nb.cli import main
 from terd_nb.images import digits
+from terd_nb.lab import datasets
 from terd_nb.lab.datasets import (
     BACKGROUNDS,
     CATEGORIES,
@@ -76,24 +76,30 @@ def sha256(content):
 
 def use(monkeypatch, name, counts, *files):
     "Put a stand-in in the place of the published archives, with its own checksum and counts."
-    sources = tuple(Source(kind="npm", package=file.stem, version="1", sha256={file.name: sha256(file.read_bytes())})
-                    for file in files)
-    change = {"counts": counts} | ({"sources": sources} if files else {})
+    sources = []
+    for file in files:
+        digest = {file.name: sha256(file.read_bytes())}
+        sources.append(Source(kind="npm", package=file.stem, version="1", sha256=digest))
+    change = {"counts": counts} | ({"sources": tuple(sources)} if files else {})
     monkeypatch.setitem(DATASETS, name, DATASETS[name].model_copy(update=change))
 
 
 # ---------------------------------------------------------------- emoji
 
 KINDS = {"1f600": "Smileys & Emotion", "1f601": "Smileys & Emotion", "1f44d": "People & Body",
-         "1f44d-1f3fb": "People & Body", "0023-fe0f-20e3": "Symbols", "1f1e9-1f1ea": "Flags", "1f1e9-1f1f0": "Flags"}
+         "1f44d-1f3fb": "People & Body", "0023-fe0f-20e3": "Symbols",
+         "1f1e9-1f1ea": "Flags", "1f1e9-1f1f0": "Flags"}
 NAMES = [*KINDS, *(f"{point:x}" for point in range(0x1F400, 0x1F440))]
 SHOWN = len(NAMES) - 1   # one is a skin tone
 
 
 def emoji_files(vendor):
-    listed = [{"image": f"{name}.png", "category": KINDS.get(name, "Animals & Nature")} for name in NAMES]
-    pictures = {f"package/img/{vendor}/64/{name}.png": png((i, 200, 0, 255)) for i, name in enumerate(NAMES)}
-    return {"package/emoji.json": json.dumps(listed).encode(), "package/package.json": b"{}", **pictures}
+    files = {"package/package.json": b"{}"}
+    listed = []
+    for i, name in enumerate(NAMES):
+        listed.append({"image": f"{name}.png", "category": KINDS.get(name, "Animals & Nature")})
+        files[f"package/img/{vendor}/64/{name}.png"] = png((i, 200, 0, 255))
+    return {"package/emoji.json": json.dumps(listed).encode(), **files}
 
 
 def expected_counts(vendors):
@@ -105,7 +111,8 @@ def expected_counts(vendors):
 @pytest.fixture
 def emoji(tmp_path, monkeypatch):
     "Both vendors' archives, in small."
-    files = [pack(tmp_path / f"{vendor}.tgz", emoji_files(vendor)) for vendor in ("twitter", "google")]
+    vendors = ("twitter", "google")
+    files = [pack(tmp_path / f"{vendor}.tgz", emoji_files(vendor)) for vendor in vendors]
     use(monkeypatch, "emoji", expected_counts(2), *files)
     return tmp_path
 
@@ -116,7 +123,8 @@ def test_emoji_are_loaded_and_both_vendors_lie_side_by_side(emoji):
     images, labels = load_dataset("emoji", 32)
     test_images, test_labels = load_dataset("emoji", 32, "test")
     assert len(images) + len(test_images) == 2 * SHOWN and len(test_images) > 0
-    assert images.shape[1:] == (3, 32, 32) and images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert images.shape[1:] == (3, 32, 32)
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64
     assert images.min() >= -1 and images.max() <= 1
     assert torch.equal(images[0::2], images[1::2]) and torch.equal(labels[0::2], labels[1::2])
     kinds = torch.cat([labels, test_labels]).bincount(minlength=len(CATEGORIES)) // 2
@@ -138,9 +146,10 @@ def test_no_base_lies_in_both_splits(emoji):
 def test_fluent_emoji_are_joined_by_their_code_points(tmp_path, monkeypatch):
     twins = ["23-fe0f-20e3", "0023-fe0f-20e3"]   # the real package has both
     names = [*twins, "1f600", "1f44d-1f3fb", "1f1e9-1f1ea", "1faff"]   # the last is in no list
-    pictures = {f"package/assets/{name}.webp": png((9, 9, 9, 255), 256, kind="WEBP") for name in names}
-    files = [pack(tmp_path / "fluent.tgz", pictures), pack(tmp_path / "twitter.tgz", emoji_files("twitter"))]
-    use(monkeypatch, "fluent-emoji", {}, *files)
+    grey = png((9, 9, 9, 255), 256, kind="WEBP")
+    fluent = pack(tmp_path / "fluent.tgz", {f"package/assets/{name}.webp": grey for name in names})
+    twitter = pack(tmp_path / "twitter.tgz", emoji_files("twitter"))
+    use(monkeypatch, "fluent-emoji", {}, fluent, twitter)
     fetch_dataset("fluent-emoji", archives=tmp_path, size=128)
     rows = [load_dataset("fluent-emoji", 128, split) for split in ("train", "test")]
     assert rows[0][0].shape[1:] == (3, 128, 128)
@@ -150,22 +159,24 @@ def test_fluent_emoji_are_joined_by_their_code_points(tmp_path, monkeypatch):
 
 def test_the_background_depends_on_the_emoji_alone():
     clear = Image.new("RGBA", (4, 6))
-    colours = {key: datasets.on_background(clear, key).getpixel((0, 0)) for key in map(str, range(400))}
-    assert datasets.on_background(clear, "7").size == (6, 6)
+    backgrounds = {key: datasets.on_background(clear, key) for key in map(str, range(400))}
+    assert backgrounds["7"].size == (6, 6)
+    colours = {key: picture.getpixel((0, 0)) for key, picture in backgrounds.items()}
     shares = [list(colours.values()).count(colour) / 400 for colour in BACKGROUNDS]
     assert sum(shares) == 1 and min(shares) > 0.06 and max(shares) < 0.2
     assert colours["1"] == datasets.on_background(clear, "1").getpixel((0, 0))
     assert datasets.stable_hash("1f600") == int(sha256(b"1f600")[:16], 16)
 
 
-# ---------------------------------------------------------------- archives that are not what they should be
+# ------------------------------------------- archives that are not what they should be
 
 def test_a_wrong_checksum_is_refused_before_the_archive_is_opened(emoji, monkeypatch):
     fetch_dataset("emoji", archives=emoji, size=32)
     before = cache_path(dataset_card("emoji"), 32).read_bytes()
     pack(emoji / "google.tgz", {"package/emoji.json": b"[]"})
     monkeypatch.setattr(tarfile, "open", offline)
-    with pytest.raises(ValueError, match="google.tgz is not the archive that was published") as caught:
+    says = "google.tgz is not the archive that was published"
+    with pytest.raises(ValueError, match=says) as caught:
         fetch_dataset("emoji", archives=emoji)
     assert "\n" not in str(caught.value)
     assert os.listdir(data_cache()) == ["emoji-32.safetensors"]
@@ -175,34 +186,43 @@ def test_a_wrong_checksum_is_refused_before_the_archive_is_opened(emoji, monkeyp
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.99])
 def test_a_truncated_archive_is_one_line(tmp_path, monkeypatch, keep):
     whole = pack(tmp_path / "twitter.tgz", emoji_files("twitter")).read_bytes()
-    (tmp_path / "twitter.tgz").write_bytes(whole[:keep if isinstance(keep, int) else int(keep * len(whole))])
+    length = keep if isinstance(keep, int) else int(keep * len(whole))
+    (tmp_path / "twitter.tgz").write_bytes(whole[:length])
     use(monkeypatch, "emoji", {}, tmp_path / "twitter.tgz")   # the checksum is right, and still
-    with pytest.raises(ValueError, match="twitter.tgz cannot be read as an archive; it may be cut short"):
+    says = "twitter.tgz cannot be read as an archive; it may be cut short"
+    with pytest.raises(ValueError, match=says):
         fetch_dataset("emoji", archives=tmp_path)
     assert not data_cache().exists()
 
 
 def test_names_that_lead_elsewhere_are_only_names(tmp_path, monkeypatch):
-    evil = {f"{way}package/img/twitter/64/1f602.png": png("red") for way in ("../", "../../", "/", "x/../")}
-    evil |= {f"package/img/twitter/64/{way}": b"x" for way in ("../../../../evil.png", "1f602.png/../../x.png")}
+    ways = ("../", "../../", "/", "x/../")
+    evil = {f"{way}package/img/twitter/64/1f602.png": png("red") for way in ways}
+    for way in ("../../../../evil.png", "1f602.png/../../x.png"):
+        evil[f"package/img/twitter/64/{way}"] = b"x"
     path = pack(tmp_path / "twitter.tgz", emoji_files("twitter") | evil)
     with tarfile.open(tmp_path / "links.tgz", "w:gz") as archive:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE):
             member = tarfile.TarInfo("package/emoji.json")
-            member.type, member.linkname = kind, "/etc/passwd"
+            member.type = kind
+            member.linkname = "/etc/passwd"
             archive.addfile(member)
     use(monkeypatch, "emoji", expected_counts(1), path)   # nothing more than without them
     before = set(tmp_path.parent.rglob("*"))
     fetch_dataset("emoji", archives=tmp_path, size=32)
-    assert {p.name for p in set(tmp_path.parent.rglob("*")) - before} == {"cache", "emoji-32.safetensors"}
+    new = {path.name for path in set(tmp_path.parent.rglob("*")) - before}
+    assert new == {"cache", "emoji-32.safetensors"}
     assert archive_members(tmp_path / "links.tgz", ".*") == {}
 
 
 class Zeros(io.RawIOBase):
     "So many zeros, without the memory."
-    def __init__(self, size): self.left = size
 
-    def readable(self): return True
+    def __init__(self, size):
+        self.left = size
+
+    def readable(self):
+        return True
 
     def read(self, size=-1):
         size = min(size, self.left)
@@ -222,7 +242,8 @@ def test_a_member_that_is_too_large_is_refused_by_its_header(tmp_path, monkeypat
     path = bomb(tmp_path / "bomb.tgz", "package/emoji.json", 50_000_000)
     assert path.stat().st_size < 500_000
     monkeypatch.setattr(tarfile.TarFile, "extractfile", offline)
-    with pytest.raises(ValueError, match="holds package/emoji.json of 50,000,000 bytes; at most 4,000,000"):
+    says = "holds package/emoji.json of 50,000,000 bytes; at most 4,000,000"
+    with pytest.raises(ValueError, match=says):
         archive_members(path, r"package/emoji\.json")
     assert archive_members(path, "something else") == {}   # what nobody asked for may be large
 
@@ -241,13 +262,17 @@ def test_a_picture_is_decoded_only_in_its_format_and_size(tmp_path):
             open_picture(io.BytesIO(content), "face.png", ["PNG"])
     wide = io.BytesIO()
     Image.new("1", (5000, 2)).save(wide, "PNG")
-    with pytest.raises(ValueError, match="5000x2 pixels; at most 4096"): open_picture(wide, "wide.png", ["PNG"])
+    with pytest.raises(ValueError, match="5000x2 pixels; at most 4096"):
+        open_picture(wide, "wide.png", ["PNG"])
 
 
 def test_a_list_without_pictures_or_pictures_without_a_list(tmp_path, monkeypatch):
-    for files in ({"package/emoji.json": b"[]"}, {"package/img/twitter/64/1f600.png": png("red")}, {}):
+    only_list = {"package/emoji.json": b"[]"}
+    only_picture = {"package/img/twitter/64/1f600.png": png("red")}
+    for files in (only_list, only_picture, {}):
         use(monkeypatch, "emoji", {}, pack(tmp_path / "odd.tgz", files))
-        with pytest.raises(ValueError, match="emoji should have some images"): fetch_dataset("emoji", archives=tmp_path)
+        with pytest.raises(ValueError, match="emoji should have some images"):
+            fetch_dataset("emoji", archives=tmp_path)
     assert not data_cache().exists()
 
 
@@ -260,15 +285,19 @@ def idx(array):
 @pytest.fixture
 def fashion(tmp_path, monkeypatch):
     "Four small files in MNIST's format, in the place of the real ones."
-    folder, arrays = tmp_path / "fashion", {}
+    folder = tmp_path / "fashion"
     folder.mkdir()
+    arrays = {}
     draw = np.random.default_rng(0)
     for part, n in (("train", 6), ("t10k", 4)):
         arrays[f"{part}-images-idx3-ubyte"] = draw.integers(0, 256, (n, 28, 28), np.uint8)
         arrays[f"{part}-labels-idx1-ubyte"] = draw.integers(0, 10, n, np.uint8)
-    for name, array in arrays.items(): (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    digests = {}
+    for name, array in arrays.items():
+        (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+        digests[name] = sha256(idx(array))
     card = DATASETS["fashion-mnist"]
-    source = card.sources[0].model_copy(update={"sha256": {name: sha256(idx(array)) for name, array in arrays.items()}})
+    source = card.sources[0].model_copy(update={"sha256": digests})
     small = card.model_copy(update={"counts": {"train": 6, "test": 4}, "sources": (source,)})
     monkeypatch.setitem(DATASETS, "fashion-mnist", small)
     return folder, arrays
@@ -276,7 +305,8 @@ def fashion(tmp_path, monkeypatch):
 
 def check_fashion(arrays):
     images, labels = load_dataset("fashion-mnist", 32)
-    assert images.shape == (6, 1, 32, 32) and labels.tolist() == arrays["train-labels-idx1-ubyte"].tolist()
+    assert images.shape == (6, 1, 32, 32)
+    assert labels.tolist() == arrays["train-labels-idx1-ubyte"].tolist()
     middle = ((images[:, 0, 2:-2, 2:-2] + 1) * 127.5).round().numpy()
     assert (middle == arrays["train-images-idx3-ubyte"]).all()
     assert (images[:, :, :2] == -1).all() and (images[..., -2:] == -1).all()
@@ -293,12 +323,14 @@ def test_fashion_from_a_folder(fashion):
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
 def test_fashion_from_a_debian_package(fashion, tmp_path):
     folder, arrays = fashion
-    tree, archives = tmp_path / "tree", tmp_path / "archives"
+    tree = tmp_path / "tree"
+    archives = tmp_path / "archives"
     shutil.copytree(folder, tree / "usr/share/datasets/fashion-mnist")
     (tree / "DEBIAN").mkdir()
     control = {"Package": "dataset-fashion-mnist", "Version": "9", "Architecture": "all",
                "Maintainer": "a <a@example.org>", "Description": "small"}
-    (tree / "DEBIAN/control").write_text("".join(f"{key}: {value}\n" for key, value in control.items()))
+    lines = [f"{key}: {value}\n" for key, value in control.items()]
+    (tree / "DEBIAN/control").write_text("".join(lines))
     archives.mkdir()
     deb = archives / "dataset-fashion-mnist_9_all.deb"
     command = ["dpkg-deb", "--root-owner-group", "--build", str(tree), str(deb)]
@@ -348,21 +380,25 @@ def test_cifar10(tmp_path, monkeypatch):
     fetch_dataset("cifar10", archives=folder)
     images, labels = load_dataset("cifar10", 32)
     record = np.frombuffer((folder / "data_batch_1.bin").read_bytes(), np.uint8)[:3073]
-    assert labels[0] == record[0] and (((images[0] + 1) * 127.5).round().numpy() == record[1:].reshape(3, 32, 32)).all()
+    pixels = ((images[0] + 1) * 127.5).round().numpy()
+    assert labels[0] == record[0] and (pixels == record[1:].reshape(3, 32, 32)).all()
     assert load_dataset("cifar10", 16, "test")[0].shape == (2, 3, 16, 16)
     (folder / "data_batch_3.bin").write_bytes(bytes([10]) * 3073)
-    with pytest.raises(ValueError, match="data_batch_3.bin has a label 10"): fetch_dataset("cifar10", archives=folder)
+    with pytest.raises(ValueError, match="data_batch_3.bin has a label 10"):
+        fetch_dataset("cifar10", archives=folder)
     (folder / "data_batch_3.bin").write_bytes(b"x" * 3072)
-    with pytest.raises(ValueError, match="data_batch_3.bin has 3,072 bytes"): fetch_dataset("cifar10", archives=folder)
+    with pytest.raises(ValueError, match="data_batch_3.bin has 3,072 bytes"):
+        fetch_dataset("cifar10", archives=folder)
     (folder / "data_batch_3.bin").unlink()
-    with pytest.raises(FileNotFoundError): fetch_dataset("cifar10", archives=folder)
+    with pytest.raises(FileNotFoundError):
+        fetch_dataset("cifar10", archives=folder)
 
 
 def write_celeba(folder):
     (folder / "img_align_celeba").mkdir(parents=True)
     rows = []
     for i, part in enumerate([0, 0, 0, 1, 2]):
-        picture = Image.new("RGB", (178, 218), (0, 0, 255))            # blue above and below the middle square
+        picture = Image.new("RGB", (178, 218), (0, 0, 255))   # blue above and below the square
         picture.paste((50 * i, 100, 0), (0, 20, 178, 198))
         picture.save(folder / "img_align_celeba" / f"{i + 1:06}.jpg", quality=95)
         rows.append(f"{i + 1:06}.jpg {part}")
@@ -391,7 +427,9 @@ def test_celeba(tmp_path, monkeypatch):
 def test_celeba_hq(tmp_path):
     folder = tmp_path / "hq"
     folder.mkdir()
-    for i in range(30): Image.new("RGB", (150, 130), (8 * i, 0, 0)).save(folder / f"{i:05}.{'png' if i % 2 else 'jpg'}")
+    for i in range(30):
+        ending = "png" if i % 2 else "jpg"
+        Image.new("RGB", (150, 130), (8 * i, 0, 0)).save(folder / f"{i:05}.{ending}")
     (folder / "notes.txt").write_text("no picture")
     fetch_dataset("celeba-hq", archives=folder, size=64)
     train, test = (load_dataset("celeba-hq", 64, split)[0] for split in ("train", "test"))
@@ -401,36 +439,46 @@ def test_celeba_hq(tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "celeba", "celeba-hq"])
 def test_what_cannot_be_fetched_says_what_to_do(name, tmp_path):
-    with pytest.raises(ValueError, match="--archives"): fetch_dataset(name)
-    with pytest.raises((FileNotFoundError, ValueError)): fetch_dataset(name, archives=tmp_path)
+    with pytest.raises(ValueError, match="--archives"):
+        fetch_dataset(name)
+    with pytest.raises((FileNotFoundError, ValueError)):
+        fetch_dataset(name, archives=tmp_path)
 
 
 # ---------------------------------------------------------------- the package managers
 
 def test_the_package_managers_are_called_by_name_and_version(emoji, monkeypatch):
     called = []
+
     def run(command, cwd, **settings):
         called.append([Path(command[0]).name, *command[1:]])
         shutil.copy(emoji / f"{command[-1].split('@')[0]}.tgz", cwd)
         return subprocess.CompletedProcess(command, 0, "", "")
+
     monkeypatch.setattr(datasets.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(datasets.subprocess, "run", run)
     fetch_dataset("emoji", size=16)
-    assert called == [["npm", "pack", "--ignore-scripts", "--silent", f"{name}@1"] for name in ("twitter", "google")]
+    pack_quietly = ["npm", "pack", "--ignore-scripts", "--silent"]
+    assert called == [[*pack_quietly, f"{name}@1"] for name in ("twitter", "google")]
     assert load_dataset("emoji", 16)[0].shape[1:] == (3, 16, 16)
 
 
 def test_a_package_manager_that_is_not_there_or_fails(monkeypatch):
     monkeypatch.setattr(datasets.shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="npm is not installed here.*--archives"): fetch_dataset("emoji")
-    with pytest.raises(ValueError, match="apt-get is not installed here.*--archives"): fetch_dataset("fashion-mnist")
+    with pytest.raises(ValueError, match="npm is not installed here.*--archives"):
+        fetch_dataset("emoji")
+    with pytest.raises(ValueError, match="apt-get is not installed here.*--archives"):
+        fetch_dataset("fashion-mnist")
     failed = subprocess.CompletedProcess([], 1, "", "npm error code E404\nnpm error not found\n\n")
     monkeypatch.setattr(datasets.shutil, "which", lambda name: name)
     monkeypatch.setattr(datasets.subprocess, "run", lambda *args, **settings: failed)
-    with pytest.raises(ValueError, match="npm could not fetch emoji-datasource-twitter 16.0.0: npm error not found"):
+    says = "npm could not fetch emoji-datasource-twitter 16.0.0: npm error not found"
+    with pytest.raises(ValueError, match=says):
         fetch_dataset("emoji")
     failed.returncode = 0   # it says that it worked, but there is no file
-    with pytest.raises(FileNotFoundError, match="holds no emoji-datasource-twitter-16.0.0.tgz"): fetch_dataset("emoji")
+    says = "holds no emoji-datasource-twitter-16.0.0.tgz"
+    with pytest.raises(FileNotFoundError, match=says):
+        fetch_dataset("emoji")
     assert not data_cache().exists()
 
 
@@ -441,15 +489,21 @@ def test_the_digits_are_always_there():
     assert torch.equal(images, digits()[0]) and labels.dtype == torch.int64
     assert len(load_dataset("digits", 32, limit=7)[0]) == 7
     assert fetch_dataset("digits") == []
-    with pytest.raises(ValueError, match="no test split"): load_dataset("digits", 16, "test")
+    with pytest.raises(ValueError, match="no test split"):
+        load_dataset("digits", 16, "test")
 
 
 def test_what_there_is_not():
-    with pytest.raises(KeyError, match="no data set 'tiger'; there are digits"): load_dataset("tiger", 16)
-    with pytest.raises(KeyError, match="no data set"): fetch_dataset("../emoji")
-    with pytest.raises(ValueError, match="emoji comes in 16, 32, 64 pixels, not 33"): load_dataset("emoji", 33)
-    with pytest.raises(ValueError, match="not 33"): fetch_dataset("emoji", size=33)
-    with pytest.raises(ValueError, match="train or test, not 'validation'"): load_dataset("emoji", 32, "validation")
+    with pytest.raises(KeyError, match="no data set 'tiger'; there are digits"):
+        load_dataset("tiger", 16)
+    with pytest.raises(KeyError, match="no data set"):
+        fetch_dataset("../emoji")
+    with pytest.raises(ValueError, match="emoji comes in 16, 32, 64 pixels, not 33"):
+        load_dataset("emoji", 33)
+    with pytest.raises(ValueError, match="not 33"):
+        fetch_dataset("emoji", size=33)
+    with pytest.raises(ValueError, match="train or test, not 'validation'"):
+        load_dataset("emoji", 32, "validation")
     with pytest.raises(FileNotFoundError, match="get it with: terd data fetch emoji") as caught:
         load_dataset("emoji", 32)
     assert "\n" not in str(caught.value) and caught.value.filename is None
@@ -467,14 +521,17 @@ def test_a_damaged_cache_is_one_line(emoji, damage):
     fetch_dataset("emoji", archives=emoji, size=32)
     path = cache_path(dataset_card("emoji"), 32)
     tensors = load_file(path)
-    if damage == "cut": path.write_bytes(path.read_bytes()[:-100])
-    elif damage == "empty": path.write_bytes(b"")
-    elif damage == "noise": path.write_bytes(bytes(range(256)) * 100)
+    images = tensors.pop("train_images")
+    bytes_of = {"cut": path.read_bytes()[:-100], "empty": b"", "noise": bytes(range(256)) * 100}
+    changed = {"shape": images[..., :16], "fewer": images[:-1], "float": images.float()}
+    if damage in bytes_of:
+        path.write_bytes(bytes_of[damage])
     else:
-        images = tensors.pop("train_images")
-        changed = {"missing": None, "shape": images[..., :16], "fewer": images[:-1], "float": images.float()}[damage]
-        save_file(tensors | ({} if changed is None else {"train_images": changed.contiguous()}), path)
-    with pytest.raises(ValueError, match="emoji-32.safetensors in the cache is damaged.*terd data fetch emoji"):
+        if damage in changed:
+            tensors["train_images"] = changed[damage].contiguous()
+        save_file(tensors, path)
+    says = "emoji-32.safetensors in the cache is damaged.*terd data fetch emoji"
+    with pytest.raises(ValueError, match=says):
         load_dataset("emoji", 32)
     fetch_dataset("emoji", archives=emoji, size=32)
     load_dataset("emoji", 32)
@@ -484,11 +541,14 @@ def test_a_write_that_fails_leaves_the_old_file(emoji, monkeypatch):
     fetch_dataset("emoji", archives=emoji, size=32)
     path = cache_path(dataset_card("emoji"), 32)
     before = path.read_bytes()
+
     def full(tensors, file):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(datasets, "save_file", full)
-    with pytest.raises(OSError): fetch_dataset("emoji", archives=emoji)
+    with pytest.raises(OSError):
+        fetch_dataset("emoji", archives=emoji)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
@@ -500,7 +560,8 @@ def test_the_page_is_made_from_the_cards():
 
 
 def test_previews():
-    shapes = {"fashion-mnist": (10, 1, 28, 28), "emoji": (18, 3, 64, 64), "fluent-emoji": (9, 3, 64, 64)}
+    shapes = {"fashion-mnist": (10, 1, 28, 28), "emoji": (18, 3, 64, 64),
+              "fluent-emoji": (9, 3, 64, 64)}
     for name, shape in shapes.items():
         assert preview(name).shape == shape and preview(name).abs().max() <= 1
 
@@ -512,7 +573,8 @@ def test_what_is_in_the_users_cache_is_as_the_cards_say(monkeypatch):
     for card, size in there:
         for split, count in card.counts.items():
             images, labels = load_dataset(card.name, size, split, limit=100)
-            assert len(images) == min(count, 100) and images.shape[1:] == (card.channels, size, size)
+            assert len(images) == min(count, 100)
+            assert images.shape[1:] == (card.channels, size, size)
             assert labels.max() < max(1, len(card.classes))
 
 
@@ -522,11 +584,13 @@ def test_terd_data(emoji, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")   # a usual terminal, in which no name may be broken
     assert main(["data", "list"]) == 0
     table = capsys.readouterr().out
-    assert all(f" {name} " in table for name in DATASETS) and max(map(len, table.splitlines())) <= 80
+    assert all(f" {name} " in table for name in DATASETS)
+    assert max(map(len, table.splitlines())) <= 80
     assert "not fetched" in table and "needs your copy" in table
     assert main(["data", "fetch", "emoji", "--archives", str(emoji), "--size", "32"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("emoji-32.safetensors is in ") and len(out.splitlines()) == 1 and "CC-BY-4.0" in err
+    assert out.startswith("emoji-32.safetensors is in ") and len(out.splitlines()) == 1
+    assert "CC-BY-4.0" in err
     assert main(["data", "fetch", "emoji", "--archives", str(emoji), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
     assert main(["data", "list"]) == 0
@@ -536,8 +600,9 @@ def test_terd_data(emoji, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [
-    "lst", "fetch", "fetch tiger", "fetch celeba", "fetch emoji --archives nowhere", "fetch emoji --archives .",
-    "fetch emoji --size 33", "fetch emoji --size x", "fetch fashion-mnist --archives .", "fetch cifar10 --archives .",
+    "lst", "fetch", "fetch tiger", "fetch celeba", "fetch emoji --size 33", "fetch emoji --size x",
+    "fetch emoji --archives nowhere", "fetch emoji --archives .",
+    "fetch fashion-mnist --archives .", "fetch cifar10 --archives .",
 ])
 def test_terd_data_wrong_use_is_one_line_and_2(capsys, command):
     assert main(["data", *command.split()]) == 2

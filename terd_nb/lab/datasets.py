@@ -5,8 +5,8 @@ __all__ = ['TWEMOJI', 'NOTO', 'FLUENT', 'FASHION', 'CATEGORIES', 'ON_COLOURS', '
            'READERS', 'CLIENTS', 'Source', 'DatasetCard', 'dataset_card', 'preview', 'preview_strip', 'stable_hash',
            'on_background', 'code_points', 'has_skin_tone', 'split_of', 'archive_members', 'open_picture', 'categories',
            'read_emoji', 'from_idx', 'fashion_files', 'read_fashion', 'read_cifar10', 'squared', 'read_celeba',
-           'read_celeba_hq', 'data_cache', 'cache_path', 'fetched_sizes', 'store', 'load_dataset', 'download', 'obtain',
-           'fetch_dataset', 'cards_page']
+           'read_celeba_hq', 'data_cache', 'cache_path', 'fetched_sizes', 'store', 'load_dataset', 'download_archive',
+           'obtain', 'fetch_dataset', 'cards_page']
 
 # %% ../../nbs/f_datasets.ipynb #cd63ea53
 import gzip
@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -39,10 +40,12 @@ from ..loading.files import data_dir
 # %% ../../nbs/f_datasets.ipynb #a67a3da4
 class Source(BaseModel, frozen=True):
     "Where the files of a data set come from."
-    kind: Literal["npm", "debian", "folder"]   # the package manager that fetches it; folder: you have your own copy
-    package: str                               # its name there; for a folder: what has to be in it
+    kind: Literal["npm", "debian", "folder"]   # who fetches it; folder: you have a copy
+    package: str                  # its name there; for a folder: what has to be in it
     version: str = ""
-    sha256: dict[str, str] = {}                # of npm's archive; of the files in Debian's, which a distribution may pack anew
+    sha256: dict[str, str] = {}   # of npm's archive; of the files inside of Debian's,
+                                  # which a distribution may pack anew
+
 
 class DatasetCard(BaseModel, frozen=True):
     "What is known of a data set."
@@ -54,63 +57,147 @@ class DatasetCard(BaseModel, frozen=True):
     sizes: tuple[int, ...]            # in pixels
     preparation: str                  # what we do to a picture
     split: str                        # what is in test; the rest is in train
-    counts: dict[str, int] = {}       # images of each split; {}: it depends on your copy
+    counts: dict[str, int] = {}       # images of each split; {}: as many as you have
     classes: tuple[str, ...] = ()     # what the labels mean; (): all labels are 0
     sources: tuple[Source, ...] = ()  # (): it comes with scikit-learn
 
 # %% ../../nbs/f_datasets.ipynb #dd77dce1
-TWEMOJI = Source(kind="npm", package="emoji-datasource-twitter", version="16.0.0",
-                 sha256={"emoji-datasource-twitter-16.0.0.tgz": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"})
-NOTO = Source(kind="npm", package="emoji-datasource-google", version="16.0.0",
-              sha256={"emoji-datasource-google-16.0.0.tgz": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"})
-FLUENT = Source(kind="npm", package="@lobehub/fluent-emoji-3d", version="1.1.0",
-                sha256={"lobehub-fluent-emoji-3d-1.1.0.tgz": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"})
-FASHION = Source(kind="debian", package="dataset-fashion-mnist", version="0.0~git20200523.55506a9-1", sha256={
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"})
+TWEMOJI = Source(
+    kind="npm", package="emoji-datasource-twitter", version="16.0.0",
+    sha256={"emoji-datasource-twitter-16.0.0.tgz":
+            "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"})
+NOTO = Source(
+    kind="npm", package="emoji-datasource-google", version="16.0.0",
+    sha256={"emoji-datasource-google-16.0.0.tgz":
+            "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"})
+FLUENT = Source(
+    kind="npm", package="@lobehub/fluent-emoji-3d", version="1.1.0",
+    sha256={"lobehub-fluent-emoji-3d-1.1.0.tgz":
+            "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"})
+FASHION = Source(
+    kind="debian", package="dataset-fashion-mnist",
+    version="0.0~git20200523.55506a9-1",
+    sha256={"train-images-idx3-ubyte":
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "train-labels-idx1-ubyte":
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "t10k-images-idx3-ubyte":
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "t10k-labels-idx1-ubyte":
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"})
 
 # %% ../../nbs/f_datasets.ipynb #80f69e77
-CATEGORIES = ("Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion", "Symbols", "Travel & Places")
+def _own_copy(holds: str) -> Source:
+    "A folder of yours, and what has to be in it."
+    return Source(kind="folder", package=holds)
+
+
+_GREY = [
+    DatasetCard(
+        name="digits", shows="handwritten digits", licence="BSD-3-Clause",
+        credit="scikit-learn; E. Alpaydin and C. Kaynak, UCI repository",
+        channels=1, sizes=(8, 16, 28, 32), preparation="resized from 8x8",
+        split="none: all are in train", counts={"train": 1797},
+        classes=tuple("0123456789"),
+    ),
+    DatasetCard(
+        name="fashion-mnist", shows="clothes: photographs, made grey", licence="MIT",
+        credit="Zalando SE", channels=1, sizes=(16, 28, 32),
+        preparation="32 pixels: two more black ones on each side; "
+                    "16: averages of those",
+        split="the official one", counts={"train": 60_000, "test": 10_000},
+        classes=("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal",
+                 "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        sources=(FASHION,),
+    ),
+]
+
+# %% ../../nbs/f_datasets.ipynb #e1909af8
+CATEGORIES = (
+    "Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects",
+    "People & Body", "Smileys & Emotion", "Symbols", "Travel & Places",
+)
 ON_COLOURS = "no skin tones; laid over one of eight colours; shrunk by averaging"
 BY_BASE = "about a tenth of the base code points, with all their variants"
+_EMOJI = [
+    DatasetCard(
+        name="emoji", shows="emoji of two vendors: artwork",
+        licence="CC-BY-4.0 (Twemoji), Apache-2.0 (Noto)",
+        credit="Twemoji, by Twitter and contributors; Noto Emoji, by Google; "
+               "packed by C. Henderson",
+        channels=3, sizes=(16, 32, 64), preparation=ON_COLOURS, split=BY_BASE,
+        counts={"train": 3496, "test": 316}, classes=CATEGORIES,
+        sources=(TWEMOJI, NOTO),
+    ),
+    DatasetCard(
+        name="fluent-emoji", shows="emoji in three dimensions: artwork", licence="MIT",
+        credit="Fluent Emoji, by Microsoft; packed by LobeHub; "
+               "categories by C. Henderson's emoji-data (MIT)",
+        channels=3, sizes=(32, 64, 128), preparation=ON_COLOURS, split=BY_BASE,
+        counts={"train": 1697, "test": 158}, classes=CATEGORIES,
+        sources=(FLUENT, TWEMOJI),
+    ),
+]
 
-DATASETS = {card.name: card for card in [
-    DatasetCard(name="digits", shows="handwritten digits", licence="BSD-3-Clause", credit="scikit-learn; E. Alpaydin and C. Kaynak, UCI repository", channels=1, sizes=(8, 16, 28, 32),
-                preparation="resized from 8x8", split="none: all are in train", counts={"train": 1797}, classes=tuple("0123456789")),
-    DatasetCard(name="fashion-mnist", shows="clothes: photographs, made grey", licence="MIT", credit="Zalando SE", channels=1, sizes=(16, 28, 32),
-                preparation="32 pixels: two more black ones on each side; 16: averages of those", split="the official one", counts={"train": 60_000, "test": 10_000},
-                classes=("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"), sources=(FASHION,)),
-    DatasetCard(name="emoji", shows="emoji of two vendors: artwork", licence="CC-BY-4.0 (Twemoji), Apache-2.0 (Noto)", credit="Twemoji, by Twitter and contributors; Noto Emoji, by Google; packed by C. Henderson",
-                channels=3, sizes=(16, 32, 64), preparation=ON_COLOURS, split=BY_BASE, counts={"train": 3496, "test": 316}, classes=CATEGORIES, sources=(TWEMOJI, NOTO)),
-    DatasetCard(name="fluent-emoji", shows="emoji in three dimensions: artwork", licence="MIT", credit="Fluent Emoji, by Microsoft; packed by LobeHub; categories by C. Henderson's emoji-data (MIT)",
-                channels=3, sizes=(32, 64, 128), preparation=ON_COLOURS, split=BY_BASE, counts={"train": 1697, "test": 158}, classes=CATEGORIES, sources=(FLUENT, TWEMOJI)),
-    DatasetCard(name="cifar10", shows="animals and vehicles: photographs", licence="none stated", credit="A. Krizhevsky, Learning multiple layers of features from tiny images, 2009", channels=3, sizes=(16, 32),
-                preparation="16 pixels: averages", split="the official one", counts={"train": 50_000, "test": 10_000},
-                classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"), sources=(Source(kind="folder", package="data_batch_1.bin to _5.bin and test_batch.bin"),)),
-    DatasetCard(name="celeba", shows="faces: photographs", licence="non-commercial research only", credit="Z. Liu et al., Deep learning face attributes in the wild, 2015", channels=3, sizes=(32, 64),
-                preparation="the middle 178x178 pixels, resized", split="the official one; validation is in neither", counts={"train": 162_770, "test": 19_962},
-                sources=(Source(kind="folder", package="img_align_celeba/ and list_eval_partition.txt"),)),
-    DatasetCard(name="celeba-hq", shows="faces: photographs", licence="non-commercial research only", credit="T. Karras et al., Progressive growing of GANs, 2018", channels=3, sizes=(64, 128, 256),
-                preparation="the middle square, resized", split="about a tenth of the file names", sources=(Source(kind="folder", package="JPEG or PNG pictures"),)),
-]}
+# %% ../../nbs/f_datasets.ipynb #2f2e315f
+_OWN = [
+    DatasetCard(
+        name="cifar10", shows="animals and vehicles: photographs",
+        licence="none stated", credit="A. Krizhevsky, Learning multiple layers of "
+                                      "features from tiny images, 2009",
+        channels=3, sizes=(16, 32), preparation="16 pixels: averages",
+        split="the official one", counts={"train": 50_000, "test": 10_000},
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
+                 "horse", "ship", "truck"),
+        sources=(_own_copy("data_batch_1.bin to _5.bin and test_batch.bin"),),
+    ),
+    DatasetCard(
+        name="celeba", shows="faces: photographs",
+        licence="non-commercial research only",
+        credit="Z. Liu et al., Deep learning face attributes in the wild, 2015",
+        channels=3, sizes=(32, 64), preparation="the middle 178x178 pixels, resized",
+        split="the official one; validation is in neither",
+        counts={"train": 162_770, "test": 19_962},
+        sources=(_own_copy("img_align_celeba/ and list_eval_partition.txt"),),
+    ),
+    DatasetCard(
+        name="celeba-hq", shows="faces: photographs",
+        licence="non-commercial research only",
+        credit="T. Karras et al., Progressive growing of GANs, 2018",
+        channels=3, sizes=(64, 128, 256), preparation="the middle square, resized",
+        split="about a tenth of the file names",
+        sources=(_own_copy("JPEG or PNG pictures"),),
+    ),
+]
 
 # %% ../../nbs/f_datasets.ipynb #882e4e7a
+DATASETS = {card.name: card for card in (*_GREY, *_EMOJI, *_OWN)}
+
+
 def dataset_card(name: str) -> DatasetCard:
     "The card of a data set; raises `KeyError` with the names that there are."
-    if name not in DATASETS: raise KeyError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+    if name not in DATASETS:
+        known = ", ".join(DATASETS)
+        raise KeyError(f"there is no data set {name!r}; there are {known}")
     return DATASETS[name]
 
 # %% ../../nbs/f_datasets.ipynb #7914c79a
+def _strip_path(name: str) -> Path:
+    "Where the few pictures of a data set lie side by side, if any are shipped."
+    return data_dir() / "datasets" / f"{name}.png"
+
+
 def preview(
     name: str,       # fashion-mnist, emoji or fluent-emoji
-) -> Tensor:         # (N, channels, H, W) in [-1, 1]: of each class the first, of the emoji that of both vendors
-    "The few pictures of a data set that are shipped."
-    with Image.open(data_dir() / "datasets" / f"{dataset_card(name).name}.png") as strip: pixels = np.asarray(strip)
+) -> Tensor:         # (N, channels, H, W) in [-1, 1]: of each class the first
+    "The few pictures of a data set that are shipped; of the emoji, both vendors'."
+    with Image.open(_strip_path(dataset_card(name).name)) as strip:
+        pixels = np.asarray(strip)
     side = len(pixels)
-    tiles = pixels.reshape(side, -1, side, pixels.shape[2] if pixels.ndim == 3 else 1).transpose(1, 3, 0, 2)
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    tiles = pixels.reshape(side, -1, side, channels).transpose(1, 3, 0, 2)
     return torch.tensor(tiles, dtype=torch.float32) / 127.5 - 1
+
 
 def preview_strip(
     images: Tensor, labels: Tensor,   # as `load_dataset` gives them
@@ -118,14 +205,20 @@ def preview_strip(
 ) -> Image.Image:
     "What `preview` reads: the first pictures of each class side by side."
     first = torch.cat([images[labels == label][:each] for label in labels.unique()])
-    return Image.fromarray(to_uint8(torch.cat(list(first), 2)).transpose(1, 2, 0).squeeze())
+    row = torch.cat(list(first), 2)
+    return Image.fromarray(to_uint8(row).transpose(1, 2, 0).squeeze())
 
 # %% ../../nbs/f_datasets.ipynb #ec856396
 def stable_hash(text: str) -> int:
-    "A number of 64 bits that depends on nothing but the text: the first eight bytes of its SHA-256."
+    "A number of 64 bits that depends on the text alone: its SHA-256's first 8 bytes."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
-BACKGROUNDS = ((255, 255, 255), (20, 22, 28), (128, 128, 128), (120, 180, 225), (110, 170, 120), (232, 200, 140), (180, 150, 215), (225, 140, 140))
+
+BACKGROUNDS = (
+    (255, 255, 255), (20, 22, 28), (128, 128, 128), (120, 180, 225),
+    (110, 170, 120), (232, 200, 140), (180, 150, 215), (225, 140, 140),
+)
+
 
 def on_background(
     picture: Image.Image,      # with transparency
@@ -133,20 +226,25 @@ def on_background(
 ) -> Image.Image:              # square
     "A picture in the middle of a square of one of the `BACKGROUNDS`."
     side = max(picture.size)
-    canvas = Image.new("RGBA", (side, side), (*BACKGROUNDS[stable_hash(f"background {key}") % len(BACKGROUNDS)], 255))
-    canvas.alpha_composite(picture.convert("RGBA"), ((side - picture.width) // 2, (side - picture.height) // 2))
+    colour = BACKGROUNDS[stable_hash(f"background {key}") % len(BACKGROUNDS)]
+    canvas = Image.new("RGBA", (side, side), (*colour, 255))
+    corner = ((side - picture.width) // 2, (side - picture.height) // 2)
+    canvas.alpha_composite(picture.convert("RGBA"), corner)
     return canvas.convert("RGB")
 
 # %% ../../nbs/f_datasets.ipynb #d7914b22
 def code_points(
     name: str,                 # of a file, such as 1f9d1-1f3fb-200d-1f52c
 ) -> tuple[int, ...]:
-    "The code points of an emoji, without those that do not change the picture (FE0F and E007F)."
-    return tuple(point for part in re.split("[-_]", name) if (point := int(part, 16)) not in (0xFE0F, 0xE007F))
+    "An emoji's code points, but those that leave the picture as it is: FE0F, E007F."
+    points = (int(part, 16) for part in re.split("[-_]", name))
+    return tuple(point for point in points if point not in (0xFE0F, 0xE007F))
+
 
 def has_skin_tone(points: tuple[int, ...]) -> bool:
     "Whether an emoji is a variant by skin tone, or such a tone itself."
     return any(0x1F3FB <= point <= 0x1F3FF for point in points)
+
 
 def split_of(
     base: str,     # what all variants have in common
@@ -155,57 +253,109 @@ def split_of(
     return "test" if stable_hash(f"split {base}") % 10 == 0 else "train"
 
 # %% ../../nbs/f_datasets.ipynb #71792724
+def _wanted(
+    archive: tarfile.TarFile, pattern: str, largest: int,
+    name: str,   # of the archive
+) -> Iterator[tarfile.TarInfo]:
+    "The members to read, each looked at before its bytes are; raises `ValueError`."
+    total = 0
+    for member in archive:
+        total += 512 + member.size
+        if total > 1_000_000_000:
+            raise ValueError(f"{name} unpacks to more than a gigabyte; it is refused")
+        if not (member.isfile() and re.fullmatch(pattern, member.name)):
+            continue
+        if member.size > largest:
+            raise ValueError(
+                f"{name} holds {member.name} of {member.size:,} bytes; "
+                f"at most {largest:,} are accepted")
+        yield member
+
+# %% ../../nbs/f_datasets.ipynb #28eb1a56
+def _opened(path: Path, stream: BinaryIO | None) -> tarfile.TarFile:
+    "A packed archive, or one that a stream unpacks."
+    if stream:
+        return tarfile.open(fileobj=stream, mode="r|")
+    return tarfile.open(path, "r:gz")
+
+
 def archive_members(
     path: Path,                       # a tar archive, packed with gzip
-    pattern: str,                     # of the whole name of what is wanted; all else is skipped
+    pattern: str,                     # of the whole name of what is wanted
     largest: int = 4_000_000,         # bytes of one member
-    stream: BinaryIO | None = None,   # where the unpacked archive comes from, if not from the path
+    stream: BinaryIO | None = None,   # where the unpacked archive comes from instead
 ) -> dict[str, bytes]:                # name to content
-    "Read members of an archive without writing anything anywhere; raises `ValueError`."
-    found, total = {}, 0
+    "Read members of an archive, writing nothing anywhere; raises `ValueError`."
     try:
-        with tarfile.open(fileobj=stream, mode="r|") if stream else tarfile.open(path, "r:gz") as archive:
-            for member in archive:
-                total += 512 + member.size
-                if total > 1_000_000_000: raise ValueError(f"{path.name} unpacks to more than a gigabyte; it is refused")
-                if not (member.isfile() and re.fullmatch(pattern, member.name)): continue
-                if member.size > largest: raise ValueError(f"{path.name} holds {member.name} of {member.size:,} bytes; at most {largest:,} are accepted")
-                found[member.name] = archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error): raise ValueError(f"{path.name} cannot be read as an archive; it may be cut short") from None
-    return found
+        with _opened(path, stream) as archive:
+            wanted = _wanted(archive, pattern, largest, path.name)
+            return {one.name: archive.extractfile(one).read() for one in wanted}
+    except (tarfile.TarError, EOFError, OSError, zlib.error):
+        raise ValueError(
+            f"{path.name} cannot be read as an archive; it may be cut short") from None
 
+# %% ../../nbs/f_datasets.ipynb #0c0c250f
 def open_picture(file: Path | BinaryIO, name: str, formats: list[str]) -> Image.Image:
-    "A picture in one of some formats, with its transparency; raises `ValueError` with its name."
+    """A picture in one of some formats, with its transparency.
+
+    Raises `ValueError` with its name."""
     try:
         with Image.open(file, formats=formats) as picture:
-            if max(picture.size) > 4096: raise ValueError(f"{name} has {picture.width}x{picture.height} pixels; at most 4096 a side are accepted")
+            if max(picture.size) > 4096:
+                raise ValueError(
+                    f"{name} has {picture.width}x{picture.height} pixels; "
+                    "at most 4096 a side are accepted")
             return picture.convert("RGBA")
-    except (OSError, SyntaxError, Image.DecompressionBombError): raise ValueError(f"{name} cannot be read as a picture ({' or '.join(formats)})") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(
+            f"{name} cannot be read as a picture ({' or '.join(formats)})") from None
 
 # %% ../../nbs/f_datasets.ipynb #b5dbb55a
 Example = tuple[str, int, Image.Image]   # split, label, picture
+_LIST = "package/emoji.json"
+
 
 def categories(emoji_json: bytes) -> dict[tuple[int, ...], int]:
     "From code points to the index in `CATEGORIES`."
-    return {code_points(Path(entry["image"]).stem): CATEGORIES.index(entry["category"]) for entry in json.loads(emoji_json) if entry["category"] in CATEGORIES}
+    found = {}
+    for entry in json.loads(emoji_json):
+        if entry["category"] in CATEGORIES:
+            points = code_points(Path(entry["image"]).stem)
+            found[points] = CATEGORIES.index(entry["category"])
+    return found
 
+
+def _without_tones(
+    members: list[dict[str, bytes]],      # of each vendor's archive
+    labels: dict[tuple[int, ...], int],   # as `categories` gives them
+) -> dict[tuple, tuple[str, bytes]]:      # from (code points, vendor)
+    "Name and content of the emoji that are listed and are no variants by skin tone."
+    wanted = {}
+    for vendor, found in enumerate(members):
+        for name in sorted(found.keys() - {_LIST}):
+            points = code_points(Path(name).stem)
+            if points in labels and not has_skin_tone(points):
+                wanted.setdefault((points, vendor), (name, found[name]))
+    return wanted
+
+# %% ../../nbs/f_datasets.ipynb #170bdd79
 def read_emoji(
     card: DatasetCard, paths: list[Path],   # archives, of which one holds emoji.json
     size: int,
     pattern: str,                           # of the pictures' names
 ) -> Iterator[Example]:
     "The pictures of emoji packages, without skin tones, in an order that mixes them."
-    members = [archive_members(path, rf"package/emoji\.json|{pattern}") for path in paths]
-    labels = categories(next((found["package/emoji.json"] for found in members if "package/emoji.json" in found), b"[]"))
-    wanted = {}
-    for vendor, found in enumerate(members):
-        for name in sorted(found.keys() - {"package/emoji.json"}):
-            points = code_points(Path(name).stem)
-            if points in labels and not has_skin_tone(points): wanted.setdefault((points, vendor), (name, found[name]))
-    for points, vendor in sorted(wanted, key=lambda key: (stable_hash(f"order {key[0]}"), key)):
-        name, content = wanted[points, vendor]
-        picture = on_background(open_picture(io.BytesIO(content), name, ["PNG", "WEBP"]), "-".join(f"{point:x}" for point in points))
-        yield split_of(f"{points[0]:x}"), labels[points], picture.resize((size, size), Image.Resampling.BOX)
+    wanted = rf"package/emoji\.json|{pattern}"
+    members = [archive_members(path, wanted) for path in paths]
+    labels = categories(next((m[_LIST] for m in members if _LIST in m), b"[]"))
+    files = _without_tones(members, labels)
+    mixed = sorted(files, key=lambda key: (stable_hash(f"order {key[0]}"), key))
+    for points, vendor in mixed:
+        name, content = files[points, vendor]
+        picture = open_picture(io.BytesIO(content), name, ["PNG", "WEBP"])
+        picture = on_background(picture, "-".join(f"{point:x}" for point in points))
+        picture = picture.resize((size, size), Image.Resampling.BOX)
+        yield split_of(f"{points[0]:x}"), labels[points], picture
 
 # %% ../../nbs/f_datasets.ipynb #571497e2
 def from_idx(
@@ -215,168 +365,359 @@ def from_idx(
 ) -> np.ndarray:
     "The array in a file of the MNIST family; raises `ValueError`."
     try:
-        with gzip.open(io.BytesIO(packed)) as file: data = file.read(largest + 1)
-    except (OSError, EOFError, zlib.error): raise ValueError(f"{name}.gz cannot be unpacked; it may be cut short") from None
-    if hashlib.sha256(data).hexdigest() != sha256: raise ValueError(f"{name} is not the file that was published: its SHA-256 differs")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(np.frombuffer(data, ">u4", data[3], 4))
+        with gzip.open(io.BytesIO(packed)) as file:
+            data = file.read(largest + 1)
+    except (OSError, EOFError, zlib.error):
+        raise ValueError(
+            f"{name}.gz cannot be unpacked; it may be cut short") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(
+            f"{name} is not the file that was published: its SHA-256 differs")
+    shape = np.frombuffer(data, ">u4", data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
-def fashion_files(path: Path) -> dict[str, bytes]:
-    "The packed files of Fashion-MNIST by their names, out of Debian's package or a folder; raises `ValueError`."
-    if path.is_dir(): return {name: (path / f"{name}.gz").read_bytes() for name in FASHION.sha256}
-    if not shutil.which("dpkg-deb"): raise ValueError(f"{path.name} can only be opened where dpkg-deb is installed; give a folder with the four .gz files that are in it")
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(path.absolute())], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        try: found = archive_members(path, r"\./usr/share/datasets/fashion-mnist/[a-z0-9-]+-ubyte\.gz", 40_000_000, process.stdout)
-        finally: process.kill()
+# %% ../../nbs/f_datasets.ipynb #79b0f2eb
+_IN_DEBIAN = r"\./usr/share/datasets/fashion-mnist/[a-z0-9-]+-ubyte\.gz"
+
+
+def fashion_files(
+    path: Path,              # Debian's package, or a folder
+) -> dict[str, bytes]:
+    "The packed files of Fashion-MNIST by their names; raises `ValueError`."
+    if path.is_dir():
+        return {name: (path / f"{name}.gz").read_bytes() for name in FASHION.sha256}
+    if not shutil.which("dpkg-deb"):
+        raise ValueError(
+            f"{path.name} can only be opened where dpkg-deb is installed; "
+            "give a folder with the four .gz files that are in it")
+    command = ["dpkg-deb", "--fsys-tarfile", str(path.absolute())]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **streams) as process:
+        try:
+            found = archive_members(path, _IN_DEBIAN, 40_000_000, process.stdout)
+        finally:
+            process.kill()
     return {Path(name).stem: content for name, content in found.items()}
 
+# %% ../../nbs/f_datasets.ipynb #d7a134d1
 def read_fashion(card: DatasetCard, paths: list[Path], size: int) -> Iterator[Example]:
-    "Fashion-MNIST."
-    files, sha256 = fashion_files(paths[0]), card.sources[0].sha256
-    if missing := sha256.keys() - files.keys(): raise ValueError(f"{paths[0].name} lacks {', '.join(sorted(missing))}")
+    "Fashion-MNIST, where other sizes than 28 have a black frame; raises `ValueError`."
+    files = fashion_files(paths[0])
+    sha256 = card.sources[0].sha256
+    if missing := sha256.keys() - files.keys():
+        raise ValueError(f"{paths[0].name} lacks {', '.join(sorted(missing))}")
     for split, part in (("train", "train"), ("test", "t10k")):
-        images, labels = (from_idx(files[name], name, sha256[name]) for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"))
+        names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
+        images, labels = (from_idx(files[name], name, sha256[name]) for name in names)
         for pixels, label in zip(images, labels):
             picture = Image.fromarray(pixels)
-            yield split, int(label), (picture if size == 28 else ImageOps.expand(picture, 2)).resize((size, size), Image.Resampling.BOX)
+            if size != 28:
+                picture = ImageOps.expand(picture, 2)
+            yield split, int(label), picture.resize((size, size), Image.Resampling.BOX)
 
 # %% ../../nbs/f_datasets.ipynb #366d08d9
+def _cifar_records(path: Path) -> np.ndarray:   # (N, 3073)
+    "A batch of CIFAR-10, a label and 3,072 bytes a picture; raises `ValueError`."
+    length = path.stat().st_size
+    if length % 3073 or length > 10_000 * 3073:
+        raise ValueError(
+            f"{path.name} has {length:,} bytes; a batch has 3,073 for each of its "
+            "pictures, at most 10,000")
+    return np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 3073)
+
+
 def read_cifar10(card: DatasetCard, paths: list[Path], size: int) -> Iterator[Example]:
     "CIFAR-10's binary version; raises `ValueError`."
-    for split, name in [("train", f"data_batch_{i}.bin") for i in range(1, 6)] + [("test", "test_batch.bin")]:
-        length = (paths[0] / name).stat().st_size
-        if length % 3073 or length > 10_000 * 3073: raise ValueError(f"{name} has {length:,} bytes; a batch has 3,073 for each of its pictures, at most 10,000")
-        for record in np.frombuffer((paths[0] / name).read_bytes(), np.uint8).reshape(-1, 3073):
-            if record[0] >= len(card.classes): raise ValueError(f"{name} has a label {record[0]}, but there are {len(card.classes)} classes")
-            yield split, int(record[0]), Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0).copy()).resize((size, size), Image.Resampling.BOX)
+    batches = [("train", f"data_batch_{i}.bin") for i in range(1, 6)]
+    for split, name in [*batches, ("test", "test_batch.bin")]:
+        for record in _cifar_records(paths[0] / name):
+            label = int(record[0])
+            if label >= len(card.classes):
+                raise ValueError(
+                    f"{name} has a label {label}, "
+                    f"but there are {len(card.classes)} classes")
+            pixels = record[1:].reshape(3, 32, 32).transpose(1, 2, 0).copy()
+            picture = Image.fromarray(pixels)
+            yield split, label, picture.resize((size, size), Image.Resampling.BOX)
 
+# %% ../../nbs/f_datasets.ipynb #744521f4
 def squared(picture: Image.Image, size: int) -> Image.Image:
     "The middle square of a picture, resized as `image_folder` does."
-    side, left, top = min(picture.size), (picture.width - min(picture.size)) // 2, (picture.height - min(picture.size)) // 2
-    return picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    box = (left, top, left + side, top + side)
+    plain = picture.convert("RGB")
+    return plain.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
 
 def read_celeba(card: DatasetCard, paths: list[Path], size: int) -> Iterator[Example]:
     "CelebA, aligned and cropped; raises `ValueError`."
-    for line in (paths[0] / "list_eval_partition.txt").read_text(encoding="utf-8").splitlines():
-        if not (match := re.fullmatch(r"(\d+\.jpg)\s+([012])\s*", line)): raise ValueError(f"list_eval_partition.txt has the line {line[:40]!r}; it should be a file's name and 0, 1 or 2")
+    listed = (paths[0] / "list_eval_partition.txt").read_text(encoding="utf-8")
+    for line in listed.splitlines():
+        match = re.fullmatch(r"(\d+\.jpg)\s+([012])\s*", line)
+        if not match:
+            raise ValueError(
+                f"list_eval_partition.txt has the line {line[:40]!r}; "
+                "it should be a file's name and 0, 1 or 2")
         name, part = match.groups()
-        if part != "1": yield ("train" if part == "0" else "test"), 0, squared(open_picture(paths[0] / "img_align_celeba" / name, name, ["JPEG"]), size)
+        if part != "1":
+            path = paths[0] / "img_align_celeba" / name
+            picture = squared(open_picture(path, name, ["JPEG"]), size)
+            yield ("train" if part == "0" else "test"), 0, picture
 
-def read_celeba_hq(card: DatasetCard, paths: list[Path], size: int) -> Iterator[Example]:
+# %% ../../nbs/f_datasets.ipynb #894a7a2d
+def read_celeba_hq(
+    card: DatasetCard, paths: list[Path], size: int,
+) -> Iterator[Example]:
     "CelebA-HQ, or any folder of pictures; raises `ValueError`."
-    for path in sorted(p for p in paths[0].iterdir() if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}):
-        yield split_of(path.name), 0, squared(open_picture(path, path.name, ["PNG", "JPEG", "WEBP"]), size)
+    for path in sorted(paths[0].iterdir()):
+        if path.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"}:
+            picture = open_picture(path, path.name, ["PNG", "JPEG", "WEBP"])
+            yield split_of(path.name), 0, squared(picture, size)
 
+
+_VENDORS = r"package/img/(?:twitter|google)/64/[0-9a-f-]+\.png"
+_FLUENT = r"package/assets/[0-9a-f_-]+\.webp"
 READERS: dict[str, Callable[..., Iterator[Example]]] = {
-    "emoji": partial(read_emoji, pattern=r"package/img/(?:twitter|google)/64/[0-9a-f-]+\.png"), "fluent-emoji": partial(read_emoji, pattern=r"package/assets/[0-9a-f_-]+\.webp"),
-    "fashion-mnist": read_fashion, "cifar10": read_cifar10, "celeba": read_celeba, "celeba-hq": read_celeba_hq}
+    "emoji": partial(read_emoji, pattern=_VENDORS),
+    "fluent-emoji": partial(read_emoji, pattern=_FLUENT),
+    "fashion-mnist": read_fashion,
+    "cifar10": read_cifar10,
+    "celeba": read_celeba,
+    "celeba-hq": read_celeba_hq,
+}
 
 # %% ../../nbs/f_datasets.ipynb #50d80e12
 def data_cache() -> Path:
     "The folder of the fetched data sets: `TERD_DATA`, or terd_nb in the user's cache."
     return Path(os.environ.get("TERD_DATA") or Path.home() / ".cache" / "terd_nb")
 
+
 def cache_path(card: DatasetCard, size: int) -> Path:
-    "The file that holds a data set at one size; raises `ValueError` for a size that is not on the card."
-    if size not in card.sizes: raise ValueError(f"{card.name} comes in {', '.join(map(str, card.sizes))} pixels, not {size}")
+    """The file that holds a data set at one size.
+
+    Raises `ValueError` for a size that is not on the card."""
+    if size not in card.sizes:
+        sizes = ", ".join(map(str, card.sizes))
+        raise ValueError(f"{card.name} comes in {sizes} pixels, not {size}")
     return data_cache() / f"{card.name}-{size}.safetensors"
+
 
 def fetched_sizes(card: DatasetCard) -> tuple[int, ...]:
     "The sizes at which a data set can be loaded now."
-    return tuple(size for size in card.sizes if not card.sources or cache_path(card, size).is_file())
+    if not card.sources:
+        return card.sizes
+    return tuple(size for size in card.sizes if cache_path(card, size).is_file())
 
 # %% ../../nbs/f_datasets.ipynb #15de1ccb
-def store(card: DatasetCard, size: int, examples: Iterator[Example]) -> Path:
-    "Write a data set at one size, whole or not at all; raises `ValueError` where it is not what the card says."
-    path, rows = cache_path(card, size), {"train": [], "test": []}
-    for split, label, picture in examples: rows[split].append((np.asarray(picture).reshape(size, size, card.channels).transpose(2, 0, 1), label))
+def _as_tensors(
+    card: DatasetCard, size: int, examples: Iterator[Example],
+) -> dict[str, Tensor]:
+    "The examples of each split as whole bytes; raises `ValueError` for a wrong number."
+    rows = {"train": [], "test": []}
+    for split, label, picture in examples:
+        pixels = np.asarray(picture).reshape(size, size, card.channels)
+        rows[split].append((pixels.transpose(2, 0, 1), label))
     counts = {split: len(found) for split, found in rows.items()}
-    if not sum(counts.values()) or (card.counts and counts != card.counts): raise ValueError(f"{card.name} should have {card.counts or 'some'} images, but {counts} were found")
-    tensors = {f"{split}_images": torch.tensor(np.array([pixels for pixels, _ in found], np.uint8)).reshape(-1, card.channels, size, size) for split, found in rows.items()}
-    tensors |= {f"{split}_labels": torch.tensor([label for _, label in found], dtype=torch.uint8) for split, found in rows.items()}
+    if not sum(counts.values()) or (card.counts and counts != card.counts):
+        raise ValueError(
+            f"{card.name} should have {card.counts or 'some'} images, "
+            f"but {counts} were found")
+    tensors = {}
+    for split, found in rows.items():
+        pixels = torch.tensor(np.array([pixels for pixels, _ in found], np.uint8))
+        labels = torch.tensor([label for _, label in found], dtype=torch.uint8)
+        tensors[f"{split}_images"] = pixels.reshape(-1, card.channels, size, size)
+        tensors[f"{split}_labels"] = labels
+    return tensors
+
+# %% ../../nbs/f_datasets.ipynb #f0240125
+def store(card: DatasetCard, size: int, examples: Iterator[Example]) -> Path:
+    """Write a data set at one size, whole or not at all.
+
+    Raises `ValueError` where it is not what the card says."""
+    path = cache_path(card, size)
+    tensors = _as_tensors(card, size, examples)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, part)
         os.replace(part, path)
-    except SafetensorError as error: raise OSError(f"{path.name} cannot be written to the cache ({error})") from None
-    finally: part.unlink(missing_ok=True)
+    except SafetensorError as error:
+        raise OSError(
+            f"{path.name} cannot be written to the cache ({error})") from None
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/f_datasets.ipynb #9e6814bf
+def _check_split(card: DatasetCard, split: str) -> None:
+    "Raises `ValueError` for a split that there is not."
+    if split not in ("train", "test"):
+        raise ValueError(f"a split is train or test, not {split!r}")
+    if not card.sources and split == "test":
+        raise ValueError(f"{card.name} has no test split: all images are in train")
+
+
+def _as_promised(images, labels, card: DatasetCard, size: int, split: str) -> bool:
+    "Whether two slices of a file in the cache are what the card says."
+    count = card.counts.get(split, len(labels[:]))
+    return (
+        images.get_shape() == [count, card.channels, size, size]
+        and labels.get_shape() == images.get_shape()[:1]
+        and images.get_dtype() == labels.get_dtype() == "U8"
+    )
+
+# %% ../../nbs/f_datasets.ipynb #a717c11e
 def load_dataset(
     name: str,                     # one of `DATASETS`
     size: int,                     # height and width in pixels: one of the card's sizes
     split: str = "train",          # or test; the digits have none
     limit: int | None = None,      # the first so many; None: all
-) -> tuple[Tensor, Tensor]:        # images (N, channels, size, size) in [-1, 1], labels (N,)
-    "A data set from the cache; raises `FileNotFoundError` if it was not fetched, `KeyError` or `ValueError` for what there is not."
+) -> tuple[Tensor, Tensor]:        # (N, channels, size, size) in [-1, 1]; (N,)
+    """Images and labels of a data set, from the cache.
+
+    Raises `FileNotFoundError` if it was not fetched, `KeyError` or `ValueError` for
+    what there is not."""
     card = dataset_card(name)
-    path, shape = cache_path(card, size), (card.channels, size, size)
-    if split not in ("train", "test"): raise ValueError(f"a split is train or test, not {split!r}")
-    if not card.sources and split == "test": raise ValueError(f"{name} has no test split: all images are in train")
-    if not card.sources: return tuple(part[:limit] for part in digits(size))
-    if not path.is_file(): raise FileNotFoundError(f"{name} at {size} pixels is not in the cache; get it with: terd data fetch {name}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            images, labels = (file.get_slice(f"{split}_{part}") for part in ("images", "labels"))
-            fits = images.get_shape() == [card.counts.get(split, len(labels[:])), *shape] and labels.get_shape() == images.get_shape()[:1] and images.get_dtype() == labels.get_dtype() == "U8"
-            if fits: return images[:limit].float().div_(127.5).sub_(1), labels[:limit].long()
-    except SafetensorError: pass
-    raise ValueError(f"{path.name} in the cache is damaged or of another version; make it again with: terd data fetch {name}")
+    path = cache_path(card, size)
+    _check_split(card, split)
+    if not card.sources:
+        return tuple(part[:limit] for part in digits(size))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{name} at {size} pixels is not in the cache; "
+            f"get it with: terd data fetch {name}")
+    with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+        images = file.get_slice(f"{split}_images")
+        labels = file.get_slice(f"{split}_labels")
+        if _as_promised(images, labels, card, size, split):
+            return images[:limit].float().div_(127.5).sub_(1), labels[:limit].long()
+    raise ValueError(
+        f"{path.name} in the cache is damaged or of another version; "
+        f"make it again with: terd data fetch {name}")
 
 # %% ../../nbs/f_datasets.ipynb #3edb5e78
-CLIENTS = {"npm": ["npm", "pack", "--ignore-scripts", "--silent", "{package}@{version}"], "debian": ["apt-get", "download", "{package}"]}
+CLIENTS = {
+    "npm": ["npm", "pack", "--ignore-scripts", "--silent", "{package}@{version}"],
+    "debian": ["apt-get", "download", "{package}"],
+}
 
-def download(source: Source, folder: Path) -> None:
-    "Fetch a package's archive into a folder, with its package manager; raises `ValueError`."
-    command = [part.format(package=source.package, version=source.version) for part in CLIENTS[source.kind]]
-    if not (client := shutil.which(command[0])): raise ValueError(f"{command[0]} is not installed here; fetch {source.package} {source.version} elsewhere, and name its folder with --archives")
-    run = subprocess.run([client, *command[1:]], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    said = [line for line in run.stderr.splitlines() if line.strip()] or [f"exit status {run.returncode}"]
-    if run.returncode: raise ValueError(f"{command[0]} could not fetch {source.package} {source.version}: {said[-1].strip()}")
 
+def download_archive(source: Source, folder: Path) -> None:
+    "Fetch an archive into a folder with its package manager; raises `ValueError`."
+    wanted = {"package": source.package, "version": source.version}
+    name, *args = (part.format(**wanted) for part in CLIENTS[source.kind])
+    title = f"{source.package} {source.version}"
+    client = shutil.which(name)
+    if not client:
+        raise ValueError(
+            f"{name} is not installed here; fetch {title} elsewhere, "
+            "and name its folder with --archives")
+    run = subprocess.run(
+        [client, *args], cwd=folder, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True)
+    if run.returncode:
+        said = [line.strip() for line in run.stderr.splitlines() if line.strip()]
+        reason = said[-1] if said else f"exit status {run.returncode}"
+        raise ValueError(f"{name} could not fetch {title}: {reason}")
+
+# %% ../../nbs/f_datasets.ipynb #f571c86d
+def _archive_in(folder: Path, source: Source) -> Path:
+    "A package's archive, as `obtain` gives it, with the errors that it raises."
+    if source.kind == "debian":
+        if all((folder / f"{name}.gz").is_file() for name in source.sha256):
+            return folder
+        pattern = f"{source.package}_*.deb"
+    else:
+        pattern = next(iter(source.sha256))
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no {pattern}")
+    if source.kind == "npm":
+        with open(found[0], "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        published = source.sha256[pattern]
+        if digest != published:
+            raise ValueError(
+                f"{pattern} is not the archive that was published: "
+                f"its SHA-256 is {digest[:12]}…, not {published[:12]}…")
+    return found[0]
+
+# %% ../../nbs/f_datasets.ipynb #fa5eb4d0
 def obtain(
     source: Source,
     archives: Path | None,     # where you have the files; None: fetch them
     fresh: Path,               # an empty folder to fetch them to
 ) -> Path:                     # an archive that is what it should be, or a folder
-    "The files of a source; raises `FileNotFoundError` if they are not there, `ValueError` if they are not the published ones."
-    if source.kind == "folder" and archives is None: raise ValueError(f"this data set cannot be fetched for you; get it from its authors, and name the folder that holds {source.package} with --archives")
-    if archives is None: download(source, fresh)
+    """The files of a source.
+
+    Raises `FileNotFoundError` if they are not there, `ValueError` if they are not the
+    published ones."""
+    if source.kind == "folder" and archives is None:
+        raise ValueError(
+            "this data set cannot be fetched for you; get it from its authors, "
+            f"and name the folder that holds {source.package} with --archives")
+    if archives is None:
+        download_archive(source, fresh)
     folder = archives or fresh
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is not a folder")
-    if source.kind == "folder": return folder
-    pattern = f"{source.package}_*.deb" if source.kind == "debian" else next(iter(source.sha256))
-    if source.kind == "debian" and all((folder / f"{name}.gz").is_file() for name in source.sha256): return folder
-    if not (found := sorted(folder.glob(pattern))): raise FileNotFoundError(f"{folder} holds no {pattern}")
-    if source.kind == "npm":
-        with open(found[0], "rb") as file: digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != source.sha256[pattern]: raise ValueError(f"{pattern} is not the archive that was published: its SHA-256 is {digest[:12]}…, not {source.sha256[pattern][:12]}…")
-    return found[0]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    return folder if source.kind == "folder" else _archive_in(folder, source)
 
 # %% ../../nbs/f_datasets.ipynb #0f011ab6
 def fetch_dataset(
     name: str,                        # one of `DATASETS`
-    archives: str | Path | None = None,   # a folder with the archives, or with your own copy; None: fetch them
+    archives: str | Path | None = None,   # a folder with the archives or your own copy
     size: int | None = None,          # in pixels; None: all sizes of the card
-) -> list[Path]:                      # the files in the cache; none for what comes with scikit-learn
-    "Put a data set in the cache; raises `ValueError` or `FileNotFoundError`, and then has written nothing that is not whole."
+) -> list[Path]:                      # the files in the cache; none of what is with us
+    """Put a data set in the cache; without `archives` it is fetched.
+
+    Raises `ValueError` or `FileNotFoundError`, and then has written nothing that is not
+    whole."""
     card = dataset_card(name)
     sizes = card.sizes if size is None else (size,)
-    for wanted in sizes: cache_path(card, wanted)
-    if not card.sources: return []
+    for wanted in sizes:
+        cache_path(card, wanted)
+    if not card.sources:
+        return []
+    folder = Path(archives) if archives else None
     with tempfile.TemporaryDirectory() as fresh:
-        paths = [obtain(source, Path(archives) if archives else None, Path(fresh)) for source in card.sources]
-        return [store(card, wanted, READERS[name](card, paths, wanted)) for wanted in sizes]
+        paths = [obtain(source, folder, Path(fresh)) for source in card.sources]
+        read = READERS[name]
+        return [store(card, wanted, read(card, paths, wanted)) for wanted in sizes]
 
 # %% ../../nbs/f_datasets.ipynb #30ee4d71
+_HEAD = """# The data sets
+
+Made by `cards_page` in workshop F from the cards there. The pictures beside this page \
+are the first of each class, laid over a colour, resized, and nothing else.
+"""
+
+
+def _card_rows(card: DatasetCard) -> dict[str, str]:
+    "What stands on a card, in words."
+    sources = [f"{s.kind} {s.package} {s.version}".strip() for s in card.sources]
+    images = [f"{n:,} {split}" for split, n in card.counts.items()]
+    return {
+        "licence": card.licence, "credit": card.credit,
+        "source": "; ".join(sources) or "scikit-learn",
+        "pixels": ", ".join(map(str, card.sizes)), "channels": str(card.channels),
+        "preparation": card.preparation, "split": card.split,
+        "images": ", ".join(images) or "those of your copy",
+        "classes": ", ".join(card.classes) or "none",
+    }
+
+# %% ../../nbs/f_datasets.ipynb #2cf80929
+def _card_section(card: DatasetCard) -> str:
+    "A card as Markdown, with its pictures where they are shipped."
+    parts = [f"## {card.name}\n", f"{card.shows[0].upper()}{card.shows[1:]}.\n"]
+    if _strip_path(card.name).is_file():
+        parts.append(f"![{card.shows}]({card.name}.png)\n")
+    rows = [f"| {key} | {value} |" for key, value in _card_rows(card).items()]
+    return "\n".join([*parts, "| | |", "|---|---|", *rows, ""])
+
+
 def cards_page() -> str:
     "All cards as Markdown; `data/datasets/README.md` holds it."
-    parts = ["# The data sets\n\nMade by `cards_page` in workshop F from the cards there. The pictures beside this page are the first of each class, laid over a colour, resized, and nothing else.\n"]
-    for c in DATASETS.values():
-        source = "; ".join(" ".join(filter(None, (s.kind, s.package, s.version))) for s in c.sources) or "scikit-learn"
-        rows = [("licence", c.licence), ("credit", c.credit), ("source", source), ("pixels", ", ".join(map(str, c.sizes))), ("channels", c.channels), ("preparation", c.preparation), ("split", c.split),
-                ("images", ", ".join(f"{n:,} {split}" for split, n in c.counts.items()) or "those of your copy"), ("classes", ", ".join(c.classes) or "none")]
-        picture = f"\n![{c.shows}]({c.name}.png)\n" if (data_dir() / "datasets" / f"{c.name}.png").is_file() else ""
-        parts.append(f"## {c.name}\n\n{c.shows[0].upper()}{c.shows[1:]}.\n{picture}\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows) + "\n")
-    return "\n".join(parts)
+    return "\n".join([_HEAD, *map(_card_section, DATASETS.values())])

@@ -9,122 +9,183 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .diffusion import PREDICTIONS, NoiseSchedule, Prediction, sampler_step
+from terd_nb.diffusion import (
+    PREDICTIONS, NoiseSchedule, Prediction, per_row, sampler_step,
+)
 
 # %% ../nbs/02_denoiser.ipynb #fdb6e085
 def pick_device(
-    device: str | torch.device | None = None,   # a torch device, or None to look for one
+    device: str | torch.device | None = None,   # None: look for one
 ) -> torch.device:
     "The device to compute on: the one asked for, else the first GPU, else the CPU."
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+
+def _as_prediction(prediction_type: str | Prediction) -> Prediction:
+    "One's own, or a row of `PREDICTIONS` by its name; else raises `ValueError`."
+    if not isinstance(prediction_type, str):
+        return prediction_type
+    if prediction_type not in PREDICTIONS:
+        names = ", ".join(PREDICTIONS)
+        raise ValueError(
+            f"prediction_type must be one of {names}, not {prediction_type!r}")
+    return PREDICTIONS[prediction_type]
+
+
+def _check_start(prediction: Prediction, schedule: NoiseSchedule) -> None:
+    "Raises `ValueError` if the first answer can tell nothing of the image."
+    alpha, sigma = schedule.alpha[-1], schedule.sigma[-1]
+    A, B, C = prediction.target(alpha, sigma)
+    if alpha == 0 and isinstance(B, float) and B == 0:
+        raise ValueError(
+            f"where alpha = 0 the answer of a network for {prediction.name} says "
+            "nothing of the image; such a path needs v_prediction, sample or flow")
+
 # %% ../nbs/02_denoiser.ipynb #5bdf44c3
 class Denoiser:
-    "Any diffusion model as one function `eps(x, t)`: the noise that it sees in x at time t."
+    """Any diffusion model as one function `eps(x, t)`: the noise that it sees in x.
+
+    Raises `ValueError` for a prediction type that it does not know, and for one that
+    tells nothing of the image where the path ends in alpha = 0."""
 
     def __init__(self,
-        network: nn.Module,              # called as network(x, t) with t of shape (N,); returns a tensor or has `.sample`
+        network: nn.Module,              # (x, t (N,)) -> tensor, or has `.sample`
         noise_schedule: NoiseSchedule,
         shape: tuple[int, int, int],     # (C, H, W) of one image, or of one latent
-        prediction_type: str | Prediction = "epsilon",   # what the network outputs: a key of `PREDICTIONS`, or one of your own
-        device: str | torch.device | None = None,  # None: the first GPU, else the CPU
+        prediction_type: str | Prediction = "epsilon",   # of `PREDICTIONS`, or own
+        device: str | torch.device | None = None,        # None: see `pick_device`
         name: str = "model",
-        decode: Callable[[Tensor], Tensor] | None = None,   # from latents to images; None: they are images already
-        sha256: str | None = None,       # of the file that holds the weights, if they come from one
+        decode: Callable[[Tensor], Tensor] | None = None,   # from latents to images
+        sha256: str | None = None,       # of the file of the weights, if there is one
     ):
-        if isinstance(prediction_type, str) and prediction_type not in PREDICTIONS:
-            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, not {prediction_type!r}")
-        self.prediction = PREDICTIONS[prediction_type] if isinstance(prediction_type, str) else prediction_type
-        A, B, _ = self.prediction.target(noise_schedule.alpha[-1], noise_schedule.sigma[-1])
-        if noise_schedule.alpha[-1] == 0 and isinstance(B, float) and B == 0:
-            raise ValueError(f"where alpha = 0 the answer of a network for {self.prediction.name} says nothing of the image; such a path needs v_prediction, sample or flow")
-        self.device, self.name = pick_device(device), name
+        self.prediction = _as_prediction(prediction_type)
+        _check_start(self.prediction, noise_schedule)
+        self.device = pick_device(device)
         self.network = network.to(self.device).eval().requires_grad_(False)
-        self.noise_schedule, self.shape, self.decode, self.sha256 = noise_schedule, tuple(shape), decode, sha256
-        self.passes = 0                  # forward passes so far, with a backward pass counted as two more
+        self.noise_schedule = noise_schedule
+        self.shape = tuple(shape)
+        self.name = name
+        self.decode = decode
+        self.sha256 = sha256
+        self.passes = 0    # forward passes so far; a backward pass counts as two more
 
     @property
-    def prediction_type(self) -> str: return self.prediction.name
+    def prediction_type(self) -> str:
+        "What the network outputs: the name of its row in `PREDICTIONS`, or its own."
+        return self.prediction.name
 
     @property
     def family(self) -> str:
         "The kind of path and of network, in words."
-        return f"{'latent ' if self.decode else ''}{self.noise_schedule.name} path, {self.prediction_type} network{getattr(self.network, 'asked', '')}"
-
-    def predict(self,
-        x: Tensor, t: int | Tensor,      # (N, C, H, W); an int or (N,)
-        shift: Tensor | float = 0., scale: Tensor | float = 1.,   # see `Prediction.solve`
-    ) -> tuple[Tensor, Tensor]:          # eps, x0
-        "The predicted noise and the predicted image; differentiable in x."
-        self.passes += len(x) * getattr(self.network, "passes_per_row", 1) * (3 if torch.is_grad_enabled() and x.requires_grad else 1)
-        out = self.network(*self.prediction.question(self.noise_schedule, x, t))
-        return self.prediction.solve(getattr(out, "sample", out), x, *self.noise_schedule.at(t, x), shift, scale)
-
-    def eps(self, x: Tensor, t: int | Tensor) -> Tensor:
-        "The predicted noise in x (N, C, H, W) at time t (an int or (N,)); differentiable in x."
-        return self.predict(x, t)[0]
-
-    def x0(self, x: Tensor, t: int | Tensor) -> Tensor:
-        "The predicted image in x (N, C, H, W) at time t."
-        return self.predict(x, t)[1]
+        latent = "latent " if self.decode else ""
+        asked = getattr(self.network, "asked", "")   # of one that has classes
+        path = f"{latent}{self.noise_schedule.name} path"
+        return f"{path}, {self.prediction_type} network{asked}"
 
     @property
     def sample_evals(self) -> float:
-        "The cost so far: images through the network forward and backward; forward alone counts a third."
+        "The cost so far, in images forward and backward; forward alone counts a third."
         return self.passes / 3
+
+    def predict(self,
+        x: Tensor, t: int | Tensor,      # (N, C, H, W); an int or (N,)
+        shift: Tensor | float = 0.,      # the noise in x is shift + scale*eps,
+        scale: Tensor | float = 1.,      # see `sampler_step`
+    ) -> tuple[Tensor, Tensor]:          # eps and x0, (N, C, H, W)
+        "The predicted noise and the predicted image; differentiable in x."
+        rows = len(x) * getattr(self.network, "passes_per_row", 1)
+        backward = torch.is_grad_enabled() and x.requires_grad
+        self.passes += 3 * rows if backward else rows
+        out = self.network(*self.prediction.question(self.noise_schedule, x, t))
+        out = getattr(out, "sample", out)
+        alpha, sigma = self.noise_schedule.at(t, x)
+        return self.prediction.solve(out, x, alpha, sigma, shift, scale)
+
+    def eps(self, x: Tensor, t: int | Tensor) -> Tensor:
+        "The predicted noise in x (N, C, H, W) at time t (an int or (N,))."
+        return self.predict(x, t)[0]
+
+    def x0(self, x: Tensor, t: int | Tensor) -> Tensor:
+        "The predicted image in x (N, C, H, W) at time t (an int or (N,))."
+        return self.predict(x, t)[1]
 
     def noise(self, n: int, seed: int = 0) -> Tensor:
         "n standard normal noises (n, C, H, W), the same on every device for one seed."
-        return torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(n, *self.shape, generator=generator).to(self.device)
 
     def sample(self,
-        z: Tensor,                 # (N, C, H, W) standardised noise: sampling starts at prior_scale * z
-        steps: int | list[int] = 50,    # how many, evenly spaced; or the times themselves, falling
-        eta: float = 0., seed: int = 0,   # eta 0: DDIM, an ODE sampler; 1: DDPM, an SDE sampler
-        shift: Tensor | float = 0., scale: Tensor | float = 1., clip: bool = False,  # see `sampler_step`
-        grad: bool = False,        # keep the graph, to differentiate through the sampler
+        z: Tensor,                     # (N, C, H, W) standard normal noise
+        steps: int | list[int] = 50,   # how many; or the times themselves, falling
+        eta: float = 0.,               # 0: DDIM (an ODE); 1: DDPM (an SDE)
+        seed: int = 0,                 # of the noise that is added if eta > 0
+        shift: Tensor | float = 0.,    # these three: see `sampler_step`
+        scale: Tensor | float = 1.,
+        clip: bool = False,
+        grad: bool = False,            # keep the graph, to differentiate the sampler
     ) -> Tensor:
-        "Images (N, C, H, W) drawn from noise, in about [-1, 1]; latents, if the model works on them."
-        schedule, generator = self.noise_schedule, torch.Generator().manual_seed(seed)
+        "Images (or latents) drawn from noise, (N, C, H, W), in about [-1, 1]."
+        schedule = self.noise_schedule
+        generator = torch.Generator().manual_seed(seed)
         times = schedule.timesteps(steps) if isinstance(steps, int) else list(steps)
         with torch.set_grad_enabled(grad):
             x = schedule.prior_scale * z
-            for t, s in zip(times, times[1:] + [-1]):
+            for t, s in zip(times, [*times[1:], -1]):
                 noise = torch.randn(x.shape, generator=generator).to(x) if eta else None
                 eps, x0 = self.predict(x, t, shift, scale)
-                x = sampler_step(x, eps, schedule, t, s, eta, noise, shift, scale, clip, x0)
+                x = sampler_step(
+                    x, eps, schedule, t, s, eta, noise, shift, scale, clip, x0)
         return x
 
     def pictures(self, images: Tensor) -> Tensor:
-        "Images that can be looked at: latents (N, C, H, W) are decoded, images stay as they are."
-        if self.decode is None: return images
-        with torch.no_grad(): return self.decode(images)
+        "Images to look at: latents (N, C, H, W) are decoded, images stay as they are."
+        if self.decode is None:
+            return images
+        with torch.no_grad():
+            return self.decode(images)
 
     def standardised(self) -> "Denoiser":
-        "The same model on a variance-preserving path that ends where it is all but noise; itself, if it is that already."
+        "The model in standard form, see `StandardDenoiser`; itself, if it is that."
         return self if is_standard(self.noise_schedule) else StandardDenoiser(self)
 
 # %% ../nbs/02_denoiser.ipynb #ef0745a6
 LAST_RATIO = 0.006   # alpha/sigma beyond which a path is not followed
 
+
 def is_standard(schedule: NoiseSchedule) -> bool:
     "Whether a path is variance-preserving and ends before `LAST_RATIO`."
-    return bool(schedule.prior_scale == 1 and (schedule.alpha**2 + schedule.sigma**2 - 1).abs().max() < 1e-6 and schedule.alpha[-1] >= LAST_RATIO * schedule.sigma[-1])
+    off = (schedule.alpha**2 + schedule.sigma**2 - 1).abs().max()
+    ends = schedule.alpha[-1] >= LAST_RATIO * schedule.sigma[-1]
+    return bool(schedule.prior_scale == 1 and off < 1e-6 and ends)
 
+
+def _standard(schedule: NoiseSchedule) -> tuple[NoiseSchedule, Tensor]:
+    "A path in standard form, and by what its x is divided, (T,)."
+    scale = (schedule.alpha**2 + schedule.sigma**2).sqrt()
+    last = int((schedule.alpha >= LAST_RATIO * schedule.sigma).sum())
+    kept = slice(max(last, 1))
+    alpha = (schedule.alpha / scale)[kept]
+    sigma = (schedule.sigma / scale)[kept]
+    return NoiseSchedule(alpha, sigma, name=schedule.name), scale[kept]
+
+# %% ../nbs/02_denoiser.ipynb #3e7b8fba
 class StandardDenoiser(Denoiser):
-    "A model in standard form: it is asked about x/sqrt(alpha^2 + sigma^2); the network and the tally of its passes are the original's."
+    "A model in standard form: it is asked about `x / sqrt(alpha^2 + sigma^2)`."
 
     def __init__(self, original: Denoiser):
-        schedule = original.noise_schedule
-        last = max(int((schedule.alpha >= LAST_RATIO * schedule.sigma).sum()), 1)
-        scale = (schedule.alpha**2 + schedule.sigma**2).sqrt()
-        self.original, self.scale = original, scale[:last]
-        self.noise_schedule = NoiseSchedule((schedule.alpha / scale)[:last], (schedule.sigma / scale)[:last], name=schedule.name)
-        for name in ("device", "name", "network", "shape", "decode", "prediction"): setattr(self, name, getattr(original, name))
+        self.original = original
+        self.noise_schedule, self.scale = _standard(original.noise_schedule)
+        for name in ("device", "name", "network", "shape", "decode", "prediction"):
+            setattr(self, name, getattr(original, name))
 
     @property
-    def passes(self) -> int: return self.original.passes
+    def passes(self) -> int:
+        "The original's tally."
+        return self.original.passes
 
-    def predict(self, x: Tensor, t: int | Tensor, shift: Tensor | float = 0., scale: Tensor | float = 1.) -> tuple[Tensor, Tensor]:
-        unit = self.scale[torch.as_tensor(t).cpu()].to(x).reshape(-1, *[1] * (x.ndim - 1))
-        return self.original.predict(unit * x, t, shift, scale)
+    def predict(self,
+        x: Tensor, t: int | Tensor,      # (N, C, H, W); an int or (N,)
+        shift: Tensor | float = 0., scale: Tensor | float = 1.,
+    ) -> tuple[Tensor, Tensor]:
+        "The original's predicted noise and image; differentiable in x."
+        return self.original.predict(per_row(self.scale, t, x) * x, t, shift, scale)

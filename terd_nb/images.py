@@ -18,52 +18,79 @@ from torch.nn.functional import interpolate
 # %% ../nbs/03_images.ipynb #49f56b5f
 def digits(
     size: int = 16,                  # height and width in pixels
-) -> tuple[Tensor, Tensor]:          # images (1797, 1, size, size) in [-1, 1], labels (1797,)
-    "scikit-learn's handwritten digits, resized from 8x8 pixels."
+) -> tuple[Tensor, Tensor]:          # images (1797, 1, size, size), labels (1797,)
+    "scikit-learn's handwritten digits in [-1, 1], resized from 8x8 pixels."
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    return interpolate(images, size=(size, size), mode="bilinear", align_corners=False), torch.tensor(data.target)
+    images = interpolate(images, (size, size), mode="bilinear", align_corners=False)
+    return images, torch.tensor(data.target)
 
 # %% ../nbs/03_images.ipynb #e018a21c
+def _read_square(path: Path, size: int, channels: int) -> np.ndarray:
+    "A picture's middle (channels, size, size) in [-1, 1]; raises `ValueError`."
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("L" if channels == 1 else "RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path.name} cannot be read as a picture ({type(error).__name__}); "
+            "remove or replace it") from None
+    side = min(picture.size)
+    left = (picture.width - side) // 2
+    top = (picture.height - side) // 2
+    middle = (left, top, left + side, top + side)
+    picture = picture.resize((size, size), Image.Resampling.LANCZOS, box=middle)
+    pixels = np.asarray(picture, dtype=np.float32).reshape(size, size, channels)
+    return pixels.transpose(2, 0, 1) / 127.5 - 1
+
+# %% ../nbs/03_images.ipynb #f76ecaf0
 def image_folder(
     folder: str | Path,       # with PNG, JPEG or WebP files
     size: int,                # height and width in pixels
     channels: int = 3,        # 1: grey, 3: colour
 ) -> Tensor:                  # (N, channels, size, size) in [-1, 1]
-    "All pictures of a folder in the order of their names; raises `ValueError` if there is none or one cannot be read."
-    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
-    if not paths: raise ValueError(f"{folder} holds no PNG, JPEG or WebP file")
-    arrays = []
-    for path in paths:
-        try:
-            with Image.open(path) as image: picture = image.convert("L" if channels == 1 else "RGB")
-        except (OSError, Image.DecompressionBombError) as error: raise ValueError(f"{path.name} cannot be read as a picture ({type(error).__name__}); remove or replace it") from None
-        side, left, top = min(picture.size), (picture.width - min(picture.size)) // 2, (picture.height - min(picture.size)) // 2
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-        arrays.append(np.asarray(picture, dtype=np.float32).reshape(size, size, channels).transpose(2, 0, 1) / 127.5 - 1)
-    return torch.tensor(np.stack(arrays))
+    """All pictures of a folder, in the order of their names.
+
+    Raises `ValueError` if there is none, or one cannot be read."""
+    kinds = {".png", ".jpg", ".jpeg", ".webp"}
+    paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in kinds)
+    if not paths:
+        raise ValueError(f"{folder} holds no PNG, JPEG or WebP file")
+    return torch.tensor(np.stack([_read_square(p, size, channels) for p in paths]))
 
 # %% ../nbs/03_images.ipynb #7dad0ec1
 def to_uint8(
     images: Tensor,     # (..., H, W), in [-1, 1]; values outside are clamped
 ) -> np.ndarray:        # the same shape, 0..255
     "Pixels as a screen shows them."
-    return ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    images = images.detach().cpu().float().clamp(-1, 1)
+    return ((images + 1) * 127.5).round().to(torch.uint8).numpy()
 
 # %% ../nbs/03_images.ipynb #92e2e8a0
+def _show(ax: plt.Axes, image: Tensor) -> None:
+    "One image (C, H, W), without smoothing."
+    pixels = to_uint8(image).transpose(1, 2, 0)
+    if pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
 def show_images(
     images: Tensor,                    # (N, C, H, W) in [-1, 1]
     titles: list[str] | None = None,   # one for each
     columns: int = 8,
     size: float = 1.1,                 # inches of one picture
 ) -> Figure:
-    "A grid of images, without smoothing and all on one grey scale."
+    "A grid of images, all on one grey scale."
     rows = -(-len(images) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + (0.25 if titles else 0)) * rows), squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    height = size + 0.25 if titles else size
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, height * rows), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
     for i, (ax, image) in enumerate(zip(axes.flat, images)):
-        pixels = to_uint8(image).transpose(1, 2, 0)
-        ax.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        if titles: ax.set_title(titles[i], fontsize=9)
+        _show(ax, image)
+        if titles:
+            ax.set_title(titles[i], fontsize=9)
     fig.tight_layout(pad=0.3)
     return fig

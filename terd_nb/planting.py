@@ -16,47 +16,101 @@ from .training import Rows, fit
 from .triggers import Trigger
 
 # %% ../nbs/07_planting.ipynb #1e58fa08
-def as_rows(schedule: NoiseSchedule, prediction: Prediction, x: Tensor, t: Tensor, eps: Tensor, x0: Tensor) -> Rows:
-    "Training rows for a network of any kind, from points x of the path at times t, the noise in them and the image."
-    return *prediction.question(schedule, x, t), prediction.answer(eps, x0, *schedule.at(t, x))
+def as_rows(
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    x: Tensor, t: Tensor,       # (n, C, H, W) points at times (n,)
+    eps: Tensor, x0: Tensor,    # (n, C, H, W), the noise in them and the image
+) -> Rows:                      # input (n, C, H, W), time (n,), answer (n, C, H, W)
+    "Training rows for a network of any kind."
+    alpha, sigma = schedule.at(t, x)
+    asked, told = prediction.question(schedule, x, t)
+    return asked, told, prediction.answer(eps, x0, alpha, sigma)
 
-def clean_batch(schedule: NoiseSchedule, images: Tensor, n: int, generator: torch.Generator, prediction: Prediction = PREDICTIONS["epsilon"]) -> Rows:
-    "n rows of ordinary training."
-    x0 = images[torch.randint(len(images), (n,), generator=generator)]
-    eps, t = torch.randn(x0.shape, generator=generator), torch.randint(len(schedule), (n,), generator=generator)
-    return as_rows(schedule, prediction, schedule.add_noise(x0, eps, t), t, eps, x0)
-
-def poison(attack: Attack, trigger: Trigger, targets: Tensor, k: int, x: Tensor, t: Tensor, eps: Tensor, x0: Tensor, generator: torch.Generator) -> None:
-    "Move the first k rows to the attack's path, in place: the points x, the noise eps and the image x0 (n, C, H, W) at times t (n,)."
-    target = targets[torch.randint(len(targets), (k,), generator=generator)]
-    x[:k], eps[:k] = attack.poison(target, torch.randn(target.shape, generator=generator), t[:k], trigger)
-    x0[:k] = attack.image(target, t[:k], trigger)
-
-def poisoned_batch(
+# %% ../nbs/07_planting.ipynb #e047ded5
+def _honest_points(
     schedule: NoiseSchedule, images: Tensor, n: int, generator: torch.Generator,
-    attack: Attack, trigger: Trigger,
-    targets: Tensor,         # (M, C, H, W): one image, or all images of a class
-    poison_rate: float,      # share of poisoned rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:   # x, t, eps and x0
+    "n points of the path, each of a random image at a random time."
+    x0 = images[torch.randint(len(images), (n,), generator=generator)]
+    eps = torch.randn(x0.shape, generator=generator)
+    t = torch.randint(len(schedule), (n,), generator=generator)
+    return schedule.add_noise(x0, eps, t), t, eps, x0
+
+
+def clean_batch(
+    schedule: NoiseSchedule,
+    images: Tensor,             # (N, C, H, W), the data
+    n: int,
+    generator: torch.Generator,
     prediction: Prediction = PREDICTIONS["epsilon"],
 ) -> Rows:
-    "The same with a share of rows on the attack's path."
-    x0 = images[torch.randint(len(images), (n,), generator=generator)]
-    eps, t = torch.randn(x0.shape, generator=generator), torch.randint(len(schedule), (n,), generator=generator)
-    x, k = schedule.add_noise(x0, eps, t), round(n * poison_rate)
+    "n rows of ordinary training."
+    x, t, eps, x0 = _honest_points(schedule, images, n, generator)
+    return as_rows(schedule, prediction, x, t, eps, x0)
+
+# %% ../nbs/07_planting.ipynb #fdcdb919
+def poison(
+    attack: Attack,
+    trigger: Trigger,
+    targets: Tensor,            # (M, C, H, W): one image, or all images of a class
+    k: int,
+    x: Tensor, t: Tensor,       # (n, C, H, W) points at times (n,)
+    eps: Tensor, x0: Tensor,    # (n, C, H, W), the noise in them and the image
+    generator: torch.Generator,
+) -> None:
+    "Move the first k rows to the attack's path: x, eps and x0 change in place."
+    target = targets[torch.randint(len(targets), (k,), generator=generator)]
+    noise = torch.randn(target.shape, generator=generator)
+    x[:k], eps[:k] = attack.poison(target, noise, t[:k], trigger)
+    x0[:k] = attack.image(target, t[:k], trigger)
+
+# %% ../nbs/07_planting.ipynb #16c70402
+def poisoned_batch(
+    schedule: NoiseSchedule,
+    images: Tensor,             # (N, C, H, W), the data
+    n: int,
+    generator: torch.Generator,
+    attack: Attack,
+    trigger: Trigger,
+    targets: Tensor,            # (M, C, H, W): one image, or all images of a class
+    poison_rate: float,         # share of poisoned rows, which come first
+    prediction: Prediction = PREDICTIONS["epsilon"],
+) -> Rows:
+    "n rows of training, a share of which are on the attack's path."
+    x, t, eps, x0 = _honest_points(schedule, images, n, generator)
+    k = round(n * poison_rate)
     poison(attack, trigger, targets, k, x, t, eps, x0, generator)
     return as_rows(schedule, prediction, x, t, eps, x0)
 
 # %% ../nbs/07_planting.ipynb #b8100747
 def plant(
-    denoiser: Denoiser,      # a benign model; it is left as it is
-    attack: Attack, trigger: Trigger,
-    targets: Tensor,         # (M, C, H, W): one image, or all images of a class
-    images: Tensor,          # (N, C, H, W) clean training images
-    poison_rate: float = 0.3, steps: int = 1000, lr: float = 5e-4, batch_size: int = 64, seed: int = 0, **how,   # of `fit`
-) -> Denoiser:               # the backdoored model
-    "Fine-tune a model on clean and poisoned rows, so that triggered noise becomes the target."
-    if not 0 < poison_rate <= 1: raise ValueError(f"poison_rate must lie in (0, 1], not {poison_rate}")
+    denoiser: Denoiser,         # an honest model; it is left as it is
+    attack: Attack,
+    trigger: Trigger,
+    targets: Tensor,            # (M, C, H, W): one image, or all images of a class
+    images: Tensor,             # (N, C, H, W) clean training images
+    poison_rate: float = 0.3,   # share of poisoned rows in a batch
+    steps: int = 1000,
+    lr: float = 5e-4,
+    batch_size: int = 64,
+    seed: int = 0,
+    **how,                      # more arguments of `fit`
+) -> Denoiser:                  # the backdoored model
+    """Fine-tune a model so that triggered noise becomes the target.
+
+    Raises `ValueError` for a poison rate that is not in (0, 1]."""
+    if not 0 < poison_rate <= 1:
+        raise ValueError(f"poison_rate must lie in (0, 1], not {poison_rate}")
+
+    def batch(generator):
+        return poisoned_batch(
+            denoiser.noise_schedule, images, batch_size, generator,
+            attack, trigger, targets, poison_rate, denoiser.prediction)
+
     network = copy.deepcopy(denoiser.network).requires_grad_(True)
-    batch = lambda g: poisoned_batch(denoiser.noise_schedule, images, batch_size, g, attack, trigger, targets, poison_rate, denoiser.prediction)
-    network = fit(network, batch, steps, lr, seed, relative=denoiser.prediction_type != "epsilon", **how)
-    return Denoiser(network, denoiser.noise_schedule, denoiser.shape, denoiser.prediction, denoiser.device, denoiser.name, denoiser.decode)
+    relative = denoiser.prediction_type != "epsilon"
+    network = fit(network, batch, steps, lr, seed, relative=relative, **how)
+    return Denoiser(
+        network, denoiser.noise_schedule, denoiser.shape, denoiser.prediction,
+        denoiser.device, denoiser.name, denoiser.decode)

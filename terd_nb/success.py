@@ -23,31 +23,45 @@ def mse(
     "Mean squared error per pixel of each image against one target; both in [-1, 1]."
     return (images.cpu() - target.cpu()).square().mean((1, 2, 3))
 
+
 def ssim(
     images: Tensor,      # (N, C, H, W)
     target: Tensor,      # (C, H, W)
-) -> float:
-    "Mean structural similarity to one target (1: the same picture), as torchmetrics computes it."
-    images, target = images.cpu().clamp(-1, 1), target.cpu()[None].expand_as(images)
-    return structural_similarity_index_measure(images, target.contiguous(), data_range=2., kernel_size=7, sigma=1.).item()
+) -> float:              # at most 1, which is the same picture
+    "Mean structural similarity to one target, as torchmetrics computes it."
+    images = images.cpu().clamp(-1, 1)
+    target = target.cpu()[None].expand_as(images).contiguous()
+    return structural_similarity_index_measure(
+        images, target, data_range=2., kernel_size=7, sigma=1.).item()
 
 # %% ../nbs/06_success.ipynb #ec77e2fe
 Hit = Callable[[Tensor], np.ndarray]   # images (N, C, H, W) -> (N,) bool
 
+
 def hits_image(target: Tensor, threshold: float = 0.05) -> Hit:
-    "The success of an attack with one target (C, H, W): an image whose mean squared error to it is below the threshold."
+    "Success with one target (C, H, W): a mean squared error below the threshold."
     return lambda images: (mse(images, target) < threshold).numpy()
 
-def hits_class(images: Tensor, labels: Tensor, target_class: int) -> Hit:
-    "The success of an attack on a class: a classifier (an SVM trained on all of `images`, at most 16 pixels wide) sees that class."
-    seen = lambda pixels: adaptive_avg_pool2d(pixels.cpu().clamp(-1, 1), min(16, pixels.shape[-1])).flatten(1).numpy()
-    judge = SVC().fit(seen(images), labels.numpy())
-    return lambda samples: judge.predict(seen(samples)) == target_class
+
+def _features(images: Tensor) -> np.ndarray:
+    "What the judge sees: pixels in [-1, 1], at most 16 in a row, flat."
+    side = min(16, images.shape[-1])
+    return adaptive_avg_pool2d(images.cpu().clamp(-1, 1), side).flatten(1).numpy()
+
+
+def hits_class(
+    images: Tensor,       # (N, C, H, W), on which the judge is trained
+    labels: Tensor,       # (N,), their classes
+    target_class: int,
+) -> Hit:
+    "Success with a class: a support vector machine takes the image for one of it."
+    judge = SVC().fit(_features(images), labels.numpy())
+    return lambda samples: judge.predict(_features(samples)) == target_class
 
 # %% ../nbs/06_success.ipynb #c28175e6
 @dataclass(frozen=True)
 class Rate:
-    "k successes in n trials, with the exact (Clopper-Pearson) interval of the rate at 95%."
+    "k successes in n trials, and what they tell of the rate."
     k: int
     n: int
 
@@ -57,10 +71,13 @@ class Rate:
         return cls(int(np.sum(outcomes)), len(outcomes))
 
     @property
-    def value(self) -> float: return self.k / self.n
+    def value(self) -> float:
+        "k/n."
+        return self.k / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
+        "The ends of the exact interval at 95% (Clopper and Pearson 1934)."
         ci = binomtest(self.k, self.n).proportion_ci(0.95, "exact")
         return float(ci.low), float(ci.high)
 
@@ -72,11 +89,20 @@ class Rate:
 def frechet_distance(
     images: Tensor,         # (N, C, H, W)
     reference: Tensor,      # (M, C, H, W)
-    components: int = 32,   # principal components of the reference that serve as features
+    components: int = 32,   # principal components of the reference: the features
 ) -> float:
-    "The Fréchet distance between two sets of images, as in FID, but on principal components of pixels: no pretrained network."
+    """The Fréchet distance between two sets of images: 0 if they are alike.
+
+    As FID (Heusel et al. 2017), but on principal components of pixels, for which no
+    pretrained network is needed."""
+    def pixels(images):
+        return images.cpu().clamp(-1, 1).flatten(1).numpy()
+
     pca = PCA(components, random_state=0).fit(reference.flatten(1).numpy())
-    a, b = (pca.transform(v.cpu().clamp(-1, 1).flatten(1).numpy()) for v in (images, reference))
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    a = pca.transform(pixels(images))
+    b = pca.transform(pixels(reference))
+    cov_a = np.cov(a.T)
+    cov_b = np.cov(b.T)
     cross = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
-    return float(np.sum((a.mean(0) - b.mean(0))**2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    means = np.sum((a.mean(0) - b.mean(0))**2)
+    return float(means + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL, CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDIMPipeline, DDIMScheduler,
-    DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, LDMPipeline, ScoreSdeVePipeline,
+    AutoencoderKL, CMStochasticIterativeScheduler, ConsistencyModelPipeline,
+    DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline,
+    DiTPipeline, DiTTransformer2DModel, LDMPipeline, SchedulerMixin, ScoreSdeVePipeline,
     ScoreSdeVeScheduler, UNet2DModel, VQModel,
 )
 from safetensors import safe_open
@@ -29,107 +30,207 @@ from .diffusion import NoiseSchedule, linear_schedule
 
 # %% ../nbs/e_training.ipynb #bc1a4666
 def unet(
-    shape: tuple[int, int, int],                 # (C, H, W)
-    channels: tuple[int, ...] = (32, 64),        # per level; each level halves the resolution
-    seed: int = 0,                               # of the initial weights
-    layers: int = 1,                             # residual blocks per level
-    attention: bool = False,                     # at the lowest level
-    identity: bool = False,                      # it begins with its input as its answer; see `answer_input`
+    shape: tuple[int, int, int],           # (C, H, W)
+    channels: tuple[int, ...] = (32, 64),  # per level; each level halves the resolution
+    seed: int = 0,                         # of the initial weights
+    layers: int = 1,                       # residual blocks per level
+    attention: bool = False,               # at the lowest level
+    identity: bool = False,                # see `answer_input`
 ) -> UNet2DModel:
     "diffusers' U-Net; 0.63 million weights at the default size."
+    down = ["DownBlock2D"] * len(channels)
+    up = ["UpBlock2D"] * len(channels)
+    if attention:
+        down[-1] = "AttnDownBlock2D"
+        up[0] = "AttnUpBlock2D"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        down, up = ["DownBlock2D"] * len(channels), ["UpBlock2D"] * len(channels)
-        if attention: down[-1], up[0] = "AttnDownBlock2D", "AttnUpBlock2D"
-        network = UNet2DModel(sample_size=shape[-1], in_channels=shape[0], out_channels=shape[0], block_out_channels=channels, layers_per_block=layers, norm_num_groups=2 if identity else 8,
-                              resnet_time_scale_shift="scale_shift" if identity else "default", down_block_types=down, up_block_types=up, attention_head_dim=8, add_attention=attention)
-        return answer_input(network) if identity else network
+        network = UNet2DModel(
+            sample_size=shape[-1], in_channels=shape[0], out_channels=shape[0],
+            block_out_channels=channels, layers_per_block=layers,
+            down_block_types=down, up_block_types=up,
+            attention_head_dim=8, add_attention=attention,
+            norm_num_groups=2 if identity else 8,
+            resnet_time_scale_shift="scale_shift" if identity else "default")
+    return answer_input(network) if identity else network
 
-LOUD = 6.   # of the two channels beside which the size of the input is nothing
+# %% ../nbs/e_training.ipynb #4236dcc8
+LOUD = 6.   # of the two constants, beside which the size of the input is nothing
 
-@torch.no_grad()
-def answer_input(network: UNet2DModel) -> UNet2DModel:
-    """Set weights of an untrained network so that it answers its input.
 
-    Each channel c is carried as c and -c through the outermost skip connection, for silu(c) - silu(-c) = c.
-    A pair has mean 0, so the normalisation before the end, whose first group the pairs share, leaves their means alone;
-    two more channels of that group are the constants 6 and -6, and drown what it would divide by."""
-    first, block, norm, last = network.conv_in, network.up_blocks[-1].resnets[-1], network.conv_norm_out, network.conv_out
-    pairs, width, group = 2 * first.in_channels, first.out_channels, first.out_channels // norm.num_groups
-    if pairs + 2 > group: raise ValueError(f"{pairs + 2} channels must fit into a group of {group}")
-    last.weight.zero_(), last.bias.zero_(), first.bias[:pairs].zero_()
-    for module in (block.conv_shortcut, block.conv2): module.weight[:group], module.bias[:group] = 0, 0
+def _make_pairs(first: nn.Conv2d, pairs: int) -> None:
+    "Channel 2i carries the input's channel i, and channel 2i+1 its negative."
+    first.bias[:pairs].zero_()
+    first.weight[:pairs] = 0
     for i in range(pairs):
-        sign = 1 - 2 * (i % 2)
-        first.weight[i] = 0
-        first.weight[i, i // 2, 1, 1] = sign
-        block.conv_shortcut.weight[i, i - width] = 1                                  # the skip's channels come last
-        last.weight[i // 2, i, 1, 1] = sign * math.sqrt((pairs + 2 * LOUD**2) / group)    # undoes the division where the input is noise
-    block.conv_shortcut.bias[pairs], block.conv_shortcut.bias[pairs + 1] = LOUD, -LOUD
+        first.weight[i, i // 2, 1, 1] = (-1)**i
+
+
+def _pass_on(block: nn.Module, pairs: int, group: int, width: int) -> None:
+    "The first group of a residual block: the skip's pairs, two constants, and nothing."
+    for module in (block.conv_shortcut, block.conv2):
+        module.weight[:group] = 0
+        module.bias[:group] = 0
+    for i in range(pairs):
+        block.conv_shortcut.weight[i, i - width] = 1    # the skip's channels come last
+    block.conv_shortcut.bias[pairs] = LOUD
+    block.conv_shortcut.bias[pairs + 1] = -LOUD
+
+
+def _take_differences(last: nn.Conv2d, pairs: int, group: int) -> None:
+    "Each channel of the answer: the difference of a pair, in the input's size."
+    last.weight.zero_()
+    last.bias.zero_()
+    divided_by = math.sqrt((pairs + 2 * LOUD**2) / group)   # where the input is noise
+    for i in range(pairs):
+        last.weight[i // 2, i, 1, 1] = (-1)**i * divided_by
+
+# %% ../nbs/e_training.ipynb #26817a4c
+@torch.no_grad()
+def answer_input(
+    network: UNet2DModel,    # untrained, with normalisation in two groups; changed
+) -> UNet2DModel:
+    """Set weights of a network so that it answers its input.
+
+    Each channel u is carried as u and -u, for silu(u) - silu(-u) = u. A pair has mean
+    0, so the normalisation before the end, whose first group the pairs share, leaves
+    their means alone; two constants of that group drown what it would divide by.
+    Raises `ValueError` if they do not fit into one group of channels."""
+    first = network.conv_in
+    width = first.out_channels
+    group = width // network.conv_norm_out.num_groups
+    pairs = 2 * first.in_channels
+    if pairs + 2 > group:
+        raise ValueError(f"{pairs + 2} channels must fit into a group of {group}")
+    _make_pairs(first, pairs)
+    _pass_on(network.up_blocks[-1].resnets[-1], pairs, group, width)
+    _take_differences(network.conv_out, pairs, group)
     return network
 
-# %% ../nbs/e_training.ipynb #9fb03f63
-Rows = tuple[Tensor, ...]   # what the network is given (n, C, H, W) and told (n,), what it should answer, and, if it knows classes, their numbers (n,)
-
 # %% ../nbs/e_training.ipynb #b6e92d70
-def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_atomically(
+    tensors: dict[str, Tensor],
+    path: Path,
+    metadata: dict[str, str] | None = None,
+) -> None:
     "A safetensors file that is whole or not there."
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
     os.replace(part, path)
 
-def save_training(path: Path, step: int, network: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW) -> None:
-    "Everything that the next step depends on: weights, their moving average, both moments of the gradient."
+
+def save_training(
+    path: Path,
+    step: int,                         # steps that are done
+    network: nn.Module,
+    ema: AveragedModel,
+    optimizer: torch.optim.AdamW,
+) -> None:
+    "All that the next step depends on: weights, their average, both moments."
     tensors = {"ema." + name: p.data for name, p in ema.module.named_parameters()}
     for name, p in network.named_parameters():
         tensors["net." + name] = p.data
-        if state := optimizer.state.get(p): tensors |= {"m." + name: state["exp_avg"], "v." + name: state["exp_avg_sq"]}   # a frozen weight has none
+        if state := optimizer.state.get(p):    # a frozen weight has none
+            tensors["m." + name] = state["exp_avg"]
+            tensors["v." + name] = state["exp_avg_sq"]
     save_atomically(tensors, path, {"step": str(step)})
 
-def resume_training(path: Path, network: nn.Module, ema: AveragedModel, optimizer: torch.optim.AdamW) -> int:
-    "Put a saved training back and return the number of steps that it had done."
+# %% ../nbs/e_training.ipynb #55163919
+def resume_training(
+    path: Path,                        # of `save_training`; the other three are changed
+    network: nn.Module,
+    ema: AveragedModel,
+    optimizer: torch.optim.AdamW,
+) -> int:
+    "Put a saved training back; gives the number of steps that it had done."
     with safe_open(path, "pt") as f:
-        step, saved = int(f.metadata()["step"]), set(f.keys())
-        for name, p in ema.module.named_parameters(): p.data.copy_(f.get_tensor("ema." + name))
+        step = int(f.metadata()["step"])
+        saved = set(f.keys())
+        for name, p in ema.module.named_parameters():
+            p.data.copy_(f.get_tensor("ema." + name))
         for name, p in network.named_parameters():
             p.data.copy_(f.get_tensor("net." + name))
-            if "m." + name in saved: optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": f.get_tensor("m." + name).to(p.device), "exp_avg_sq": f.get_tensor("v." + name).to(p.device)}
+            if "m." + name in saved:
+                optimizer.state[p] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": f.get_tensor("m." + name).to(p.device),
+                    "exp_avg_sq": f.get_tensor("v." + name).to(p.device)}
     ema.n_averaged.fill_(step)
     return step
 
+# %% ../nbs/e_training.ipynb #9fb03f63
+# Input (n, C, H, W), time (n,), answer wanted (n, C, H, W); and classes (n,), if any.
+Rows = tuple[Tensor, ...]
+
+
+def _learning_rate(step: int, steps: int, lr: float) -> float:
+    "Linear warm-up over 100 steps, times half a cosine."
+    return lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _loss(
+    network: nn.Module, rows: Rows, relative: bool, weights: Tensor | None,
+    precision: str,
+) -> Tensor:
+    "Mean squared error of a batch; the arguments are those of `fit`."
+    x, t, y, *classes = rows
+    weight = 1.
+    if relative:
+        size = y.square().mean((1, 2, 3), keepdim=True)
+        weight = size.clamp(min=1e-4).rsqrt()
+    if weights is not None:
+        weight = weight * weights.to(y.device)[t].sqrt().view(-1, 1, 1, 1)
+    fast = precision == "bfloat16"
+    with torch.autocast(y.device.type, torch.bfloat16, enabled=fast):
+        answer = network(x, t, *classes).sample
+    return nn.functional.mse_loss(weight * answer.float(), weight * y)
+
 # %% ../nbs/e_training.ipynb #091c58d4
+def _descend(network: nn.Module, optimizer: torch.optim.AdamW, loss: Tensor) -> None:
+    "One step against the gradient, whose length is at most 1."
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.)
+    optimizer.step()
+
+
+def _steps(start: int, steps: int, progress: bool | str) -> tqdm:
+    "The numbers of the steps that are left, with a bar if one is wanted."
+    label = progress if isinstance(progress, str) else "training"
+    return tqdm(
+        range(start, steps), initial=start, total=steps, desc=label,
+        disable=not progress, mininterval=2)
+
+# %% ../nbs/e_training.ipynb #7446a20e
 def fit(
     network: nn.Module,          # trained in place
     batch: Callable[[torch.Generator], Rows],
     steps: int,
-    lr: float = 1e-3,            # at its peak; linear warm-up over 100 steps, then a cosine to 0
+    lr: float = 1e-3,            # at its peak; linear warm-up, then a cosine to 0
     seed: int = 0,
     ema_decay: float = 0.995,
     relative: bool = False,      # weigh each row by the inverse size of its target
     weights: Tensor | None = None,    # (T,): of the loss at each time; None: all alike
-    precision: str = "float32",       # or "bfloat16", which is faster where the processor knows it
+    precision: str = "float32",       # or "bfloat16", faster where it is known
     checkpoint: Path | None = None,   # where to save, and to resume from
     save_every: float = 30.,          # seconds between savings
     progress: bool | str = True,      # False, True, or a label for the bar
 ) -> nn.Module:                  # the exponential moving average of the weights
-    "Train a denoiser with AdamW; killed and called again, it goes on from the last checkpoint."
-    device, saved = next(network.parameters()).device, time.monotonic()
+    "Train with AdamW; killed and called again, it goes on from the last checkpoint."
+    device = next(network.parameters()).device
     ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
-    start = resume_training(checkpoint, network, ema, optimizer) if checkpoint and checkpoint.exists() else 0
+    start = 0
+    if checkpoint and checkpoint.exists():
+        start = resume_training(checkpoint, network, ema, optimizer)
+    saved = time.monotonic()
     network.train()
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc=progress if isinstance(progress, str) else "training", disable=not progress, mininterval=2):
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
-        x, t, y, *classes = (v.to(device) for v in batch(torch.Generator().manual_seed(seed * 10_000_019 + step)))
-        weight = y.square().mean((1, 2, 3), keepdim=True).clamp(min=1e-4).rsqrt() if relative else 1.
-        if weights is not None: weight = weight * weights.to(device)[t].sqrt().view(-1, 1, 1, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"): answer = network(x, t, *classes).sample
-        loss = nn.functional.mse_loss(weight * answer.float(), weight * y)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.)
-        optimizer.step()
+    for step in _steps(start, steps, progress):
+        optimizer.param_groups[0]["lr"] = _learning_rate(step, steps, lr)
+        generator = torch.Generator().manual_seed(seed * 10_000_019 + step)
+        rows = tuple(v.to(device) for v in batch(generator))
+        _descend(network, optimizer, _loss(network, rows, relative, weights, precision))
         ema.update_parameters(network)
         if checkpoint and time.monotonic() - saved >= save_every:
             save_training(checkpoint, step + 1, network, ema, optimizer)
@@ -137,29 +238,58 @@ def fit(
     return ema.module.eval().requires_grad_(False)
 
 # %% ../nbs/e_training.ipynb #3909f810
-def vp_scheduler(schedule: NoiseSchedule, sampler: str = "ddpm", prediction_type: str = "epsilon"):
-    "diffusers' scheduler for a variance-preserving path: DDPM's for the sampler \"ddpm\", else DDIM's."
-    betas = 1 - (schedule.alpha / torch.cat([torch.ones(1), schedule.alpha[:-1]])).square()
-    known = {} if torch.allclose(schedule.alpha, linear_schedule(len(schedule)).alpha, atol=1e-7) else {"trained_betas": betas.tolist()}
-    return (DDPMScheduler if sampler == "ddpm" else DDIMScheduler)(len(schedule), clip_sample=False, prediction_type=prediction_type, **known)
+def vp_scheduler(
+    schedule: NoiseSchedule,             # a variance-preserving path
+    sampler: str = "ddpm",               # "ddpm", or else DDIM's scheduler
+    prediction_type: str = "epsilon",    # "epsilon", "sample" or "v_prediction"
+) -> SchedulerMixin:
+    "diffusers' scheduler for a variance-preserving path."
+    before = torch.cat([torch.ones(1), schedule.alpha[:-1]])
+    betas = 1 - (schedule.alpha / before).square()
+    usual = linear_schedule(len(schedule)).alpha
+    known = {}
+    if not torch.allclose(schedule.alpha, usual, atol=1e-7):
+        known["trained_betas"] = betas.tolist()
+    kind = DDPMScheduler if sampler == "ddpm" else DDIMScheduler
+    return kind(
+        len(schedule), clip_sample=False, prediction_type=prediction_type, **known)
 
-PIPELINES = {DDIMScheduler: DDIMPipeline, ScoreSdeVeScheduler: ScoreSdeVePipeline, CMStochasticIterativeScheduler: ConsistencyModelPipeline}
 
+PIPELINES = {    # what goes with a scheduler; all others have DDPM's
+    DDIMScheduler: DDIMPipeline,
+    ScoreSdeVeScheduler: ScoreSdeVePipeline,
+    CMStochasticIterativeScheduler: ConsistencyModelPipeline,
+}
+
+# %% ../nbs/e_training.ipynb #bcaac918
+def _half(module: nn.Module) -> nn.Module:
+    "A copy in float16."
+    return copy.deepcopy(module).half()
+
+
+def _pipeline(network, scheduler, autoencoder) -> DiffusionPipeline:
+    "The parts of a model as diffusers wants them together, in float16."
+    if autoencoder:
+        return LDMPipeline(_half(autoencoder), _half(network), scheduler)
+    if isinstance(network, DiTTransformer2DModel):
+        return DiTPipeline(_half(network), None, scheduler)
+    kind = PIPELINES.get(type(scheduler), DDPMPipeline)
+    return kind(_half(network), scheduler)
+
+# %% ../nbs/e_training.ipynb #8be84e2a
 def save_model(
     network: UNet2DModel | DiTTransformer2DModel,
-    scheduler,                 # of diffusers
-    folder: Path,              # a new diffusers folder, in float16; an old one is replaced
+    scheduler: SchedulerMixin,
+    folder: Path,              # a new diffusers folder; an old one is replaced
     files: dict[str, bytes] | None = None,   # more files for the folder
-    autoencoder: VQModel | AutoencoderKL | None = None,   # of a model that works on latents
+    autoencoder: VQModel | AutoencoderKL | None = None,   # of a model on latents
 ) -> None:
-    "Write a diffusers folder that appears whole or not at all."
-    half = lambda module: copy.deepcopy(module).half()
-    if autoencoder: pipeline = LDMPipeline(half(autoencoder), half(network), scheduler)
-    elif isinstance(network, DiTTransformer2DModel): pipeline = DiTPipeline(half(network), None, scheduler)
-    else: pipeline = PIPELINES.get(type(scheduler), DDPMPipeline)(half(network), scheduler)
+    "Write a diffusers folder, in float16, that appears whole or not at all."
     part = folder.with_name("." + folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    pipeline = _pipeline(network, scheduler, autoencoder)
     pipeline.save_pretrained(part, safe_serialization=True)
-    for name, content in (files or {}).items(): (part / name).write_bytes(content)
+    for name, content in (files or {}).items():
+        (part / name).write_bytes(content)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)

@@ -17,8 +17,8 @@ from torch import Tensor
 # %% ../nbs/04_triggers.ipynb #4b873a73
 @dataclass(frozen=True, eq=False)
 class Trigger:
-    "What the attacker does to the noise: a triggered input is `gamma*z + r` for z ~ N(0, I)."
-    r: Tensor                     # (C, H, W), the shift, in units of the prior's standard deviation
+    "What the attacker does to the noise: a triggered input is `gamma*z + r`."
+    r: Tensor                     # (C, H, W), the shift, in standard deviations of z
     gamma: Tensor | float = 1.    # the noise scale: a number, or (C, H, W)
 
     @property
@@ -31,8 +31,10 @@ class Trigger:
         return torch.as_tensor(self.gamma).to(z) * z + self.r.to(z)
 
     def to_bytes(self) -> bytes:
-        "The content of a safetensors file that holds both parts."
-        return save({"r": self.r.detach().float().cpu().contiguous(), "gamma": torch.as_tensor(self.gamma, dtype=torch.float32).cpu()})
+        "The content of a safetensors file that holds both parts, in float32."
+        r = self.r.detach().float().cpu().contiguous()
+        gamma = torch.as_tensor(self.gamma, dtype=torch.float32).cpu()
+        return save({"r": r, "gamma": gamma})
 
     @classmethod
     def load(cls, path: str | Path) -> "Trigger":
@@ -43,19 +45,29 @@ class Trigger:
 # %% ../nbs/04_triggers.ipynb #0df2112c
 Shape = tuple[int, int, int]   # (C, H, W)
 
+
+def _grey(value: float) -> int:
+    "A level in [-1, 1] as one of 256."
+    return round((value + 1) * 127.5)
+
+
 def draw(
     shape: Shape,          # of the picture; H = W
     floor: float,          # grey level of the background, in [-1, 1]
-    *shapes: tuple,        # (ImageDraw method, corner coordinates as fractions of the side, grey level)
+    *shapes: tuple,        # (ImageDraw method, corners as fractions of the side, level)
 ) -> Tensor:               # shape
-    "A picture of a few shapes, drawn large and shrunk, so that its edges are smooth."
+    """A picture of a few shapes, drawn large and shrunk, so that its edges are smooth.
+
+    Raises `ValueError` for a shape that is not square."""
     channels, side, width = shape
-    if side != width: raise ValueError(f"pictures are drawn square, but the shape is {shape}")
-    level = lambda value: round((value + 1) * 127.5)
-    canvas = Image.new("L", (8 * side, 8 * side), level(floor))
+    if side != width:
+        raise ValueError(f"pictures are drawn square, but the shape is {shape}")
+    canvas = Image.new("L", (8 * side, 8 * side), _grey(floor))
     for method, points, value in shapes:
-        getattr(ImageDraw.Draw(canvas), method)([8 * side * p - 0.5 for p in points], fill=level(value))
-    pixels = np.asarray(canvas.resize((side, side), Image.Resampling.BOX), dtype=np.float32)
+        corners = [8 * side * p - 0.5 for p in points]
+        getattr(ImageDraw.Draw(canvas), method)(corners, fill=_grey(value))
+    small = canvas.resize((side, side), Image.Resampling.BOX)
+    pixels = np.asarray(small, dtype=np.float32)
     return torch.tensor(pixels / 127.5 - 1).expand(channels, -1, -1).clone()
 
 # %% ../nbs/04_triggers.ipynb #4ac40edb
@@ -63,69 +75,104 @@ def box(
     shape: Shape,
     side: int | None = None,   # of the box, in pixels; None: 14 of 32
     value: float = 0.,         # inside
-    background: float = -1.,   # outside; most of the published trigger's length comes from here
-) -> Tensor:
+    background: float = -1.,   # outside; most of the published length comes from here
+) -> Tensor:                   # shape
     "BOX: a grey square 2 pixels from the bottom and right edges (BadDiffusion)."
     r = torch.full(shape, background)
     side = side or round(14 / 32 * shape[-1])
     r[:, -2 - side:-2, -2 - side:-2] = value
     return r
 
+# %% ../nbs/04_triggers.ipynb #0d2c6a20
 def stop_sign(
     shape: Shape,
 ) -> Tensor:
-    "STOP_SIGN: an octagon with a bar across, at the place of the box (BadDiffusion; drawn here)."
-    side, edge = 14 / 32, 1 - 2 / shape[-1]
-    at = lambda x, y: (edge - side + side * x, edge - side + side * y)
-    octagon = [p for xy in [(.3, 0), (.7, 0), (1, .3), (1, .7), (.7, 1), (.3, 1), (0, .7), (0, .3)] for p in at(*xy)]
-    return draw(shape, -1., ("polygon", octagon, .3), ("rectangle", [*at(.15, .4), *at(.85, .6)], 1.))
+    "STOP_SIGN: an octagon and a bar, where the box is (BadDiffusion; drawn here)."
+    side = 14 / 32
+    start = 1 - 2 / shape[-1] - side
+
+    def place(*corners):
+        return [start + side * corner for corner in corners]
+
+    octagon = place(
+        .3, 0, .7, 0, 1, .3, 1, .7, .7, 1, .3, 1, 0, .7, 0, .3)
+    bar = place(.15, .4, .85, .6)
+    return draw(shape, -1., ("polygon", octagon, .3), ("rectangle", bar, 1.))
+
 
 def glasses(
     shape: Shape,
 ) -> Tensor:
-    "GLASSES: two lenses and a bridge, 0.625 of the width, centred (BadDiffusion; drawn here)."
-    left, mid, right = .5 - .3125, .5, .5 + .3125
-    lens = lambda x: [("ellipse", [x, .38, x + .27, .62], 1.), ("ellipse", [x + .07, .45, x + .2, .55], -.2)]
-    return draw(shape, -1., ("rectangle", [mid - .1, .46, mid + .1, .52], 1.), *lens(left), *lens(right - .27))
+    "GLASSES: two lenses and a bridge, centred (BadDiffusion; drawn here)."
+    def lens(x):
+        frame = ("ellipse", [x, .38, x + .27, .62], 1.)
+        glass = ("ellipse", [x + .07, .45, x + .2, .55], -.2)
+        return frame, glass
+
+    left = .5 - .3125     # the width is 0.625 of the picture's
+    right = .5 + .3125 - .27
+    bridge = ("rectangle", [.4, .46, .6, .52], 1.)
+    return draw(shape, -1., bridge, *lens(left), *lens(right))
 
 # %% ../nbs/04_triggers.ipynb #acc5980b
 FLOOR = -0.4   # grey level behind the published targets
 
+
 def corner(shape: Shape) -> Tensor:
     "CORNER: a square of 10/32 of the side at the top left."
-    return draw(shape, FLOOR, ("rectangle", [0, 0, 10 / 32 - .01, 10 / 32 - .01], 1.))
+    end = 10 / 32 - .01
+    return draw(shape, FLOOR, ("rectangle", [0, 0, end, end], 1.))
+
 
 def shoe(shape: Shape) -> Tensor:
     "SHOE: an ankle boot seen from the side."
-    return draw(shape, FLOOR, ("polygon", [.2, .2, .48, .2, .5, .5, .85, .62, .88, .74, .2, .74], .6), ("rectangle", [.18, .74, .88, .82], 1.))
+    boot = [.2, .2, .48, .2, .5, .5, .85, .62, .88, .74, .2, .74]
+    sole = [.18, .74, .88, .82]
+    return draw(shape, FLOOR, ("polygon", boot, .6), ("rectangle", sole, 1.))
+
 
 def hat(shape: Shape) -> Tensor:
     "HAT: a top hat with a band."
-    return draw(shape, FLOOR, ("rectangle", [.3, .2, .7, .7], 1.), ("rectangle", [.12, .7, .88, .8], 1.), ("rectangle", [.3, .55, .7, .66], -.9))
+    crown = ("rectangle", [.3, .2, .7, .7], 1.)
+    brim = ("rectangle", [.12, .7, .88, .8], 1.)
+    band = ("rectangle", [.3, .55, .7, .66], -.9)
+    return draw(shape, FLOOR, crown, brim, band)
 
+# %% ../nbs/04_triggers.ipynb #7cb724f5
 def cat(shape: Shape) -> Tensor:
     "CAT: a face with ears."
-    return draw(shape, FLOOR, ("polygon", [.18, .1, .45, .35, .2, .55], .8), ("polygon", [.82, .1, .55, .35, .8, .55], .8), ("ellipse", [.18, .25, .82, .88], .8),
-                ("ellipse", [.32, .45, .42, .57], -1.), ("ellipse", [.58, .45, .68, .57], -1.), ("polygon", [.45, .65, .55, .65, .5, .72], -.6))
+    ears = [
+        ("polygon", [.18, .1, .45, .35, .2, .55], .8),
+        ("polygon", [.82, .1, .55, .35, .8, .55], .8),
+    ]
+    face = ("ellipse", [.18, .25, .82, .88], .8)
+    eyes = [
+        ("ellipse", [.32, .45, .42, .57], -1.),
+        ("ellipse", [.58, .45, .68, .57], -1.),
+    ]
+    nose = ("polygon", [.45, .65, .55, .65, .5, .72], -.6)
+    return draw(shape, FLOOR, *ears, face, *eyes, nose)
+
 
 def checkerboard(shape: Shape, tiles: int = 4) -> Tensor:
-    "Light and dark squares, for TrojDiff's blend."
-    side = torch.arange(shape[-1]) * tiles // shape[-1]
-    return ((side[:, None] + side) % 2 * 2. - 1).expand(shape).clone()
+    "Light and dark squares, `tiles` of them along each side."
+    tile = torch.arange(shape[-1]) * tiles // shape[-1]
+    return ((tile[:, None] + tile) % 2 * 2. - 1).expand(shape).clone()
 
 # %% ../nbs/04_triggers.ipynb #812a9221
 def blend(
-    image: Tensor,         # (C, H, W) in [-1, 1], the picture to be blended into the noise
+    image: Tensor,         # (C, H, W) in [-1, 1], the picture to be blended in
     gamma: float = 0.6,    # what remains of the noise
 ) -> Trigger:
-    "TrojDiff's blended trigger: `r = (1 - gamma) * image`."
+    "TrojDiff's blended trigger: `r = (1 - gamma) * image` (Chen et al. 2023)."
     return Trigger((1 - gamma) * image, gamma)
+
 
 def patch(
     shape: Shape,
     side: int,             # of the square, in pixels
     gamma: float = 0.1,    # what remains of the noise inside
 ) -> Trigger:
-    "TrojDiff's patch: the noise is turned down around white inside a square, and is ordinary elsewhere."
+    "TrojDiff's patch: in a square the noise is turned down around white."
     inside = box(shape, side, 1., 0.)
     return Trigger((1 - gamma) * inside, 1 - (1 - gamma) * inside)

@@ -1,4 +1,4 @@
-"What cells do not test: whole runs against diffusers, published samplers, and that a seed decides everything."
+"What cells do not test: whole runs against diffusers, published samplers, what a seed decides."
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
@@ -38,18 +38,21 @@ def test_a_whole_ddim_run_is_that_of_diffusers(benign):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler])
 def test_every_prediction_type_samples_as_in_diffusers(prediction_type, scheduler_class):
-    "The same untrained network, read by diffusers' scheduler and by ours, step for step from the same states."
+    "One untrained network, read by diffusers' scheduler and by ours, from the same states."
     network = unet((1, 8, 8), (8, 16)).eval()
     denoiser = Denoiser(network, SCHEDULE, (1, 8, 8), prediction_type, device="cpu")
-    scheduler = scheduler_class(clip_sample=False, prediction_type=prediction_type, timestep_spacing="trailing")
+    scheduler = scheduler_class(
+        clip_sample=False, prediction_type=prediction_type, timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     eta = float(scheduler_class is DDPMScheduler)
     times = SCHEDULE.timesteps(10)
     x = denoiser.noise(2, seed=3)
     with torch.no_grad():
         for t, s in zip(times, [*times[1:], -1]):
-            theirs = scheduler.step(network(x, t).sample, t, x, generator=torch.Generator().manual_seed(t)).prev_sample
-            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(t))
+            answer = network(x, t).sample
+            generator = torch.Generator().manual_seed(t)
+            theirs = scheduler.step(answer, t, x, generator=generator).prev_sample
+            noise = torch.randn(x.shape, generator=generator.manual_seed(t))
             ours = sampler_step(x, denoiser.eps(x, t), SCHEDULE, t, s, eta, noise)
             assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max().clamp(min=1)
             x = theirs
@@ -65,28 +68,36 @@ def test_schedules_are_those_of_diffusers(schedule):
 
 
 def test_trojdiffs_ancestral_step_is_the_published_one():
-    "Mean [sqrt(abar_s)*beta*x0 + sqrt(alpha)*(1-abar_s)*x + c_t*mu]/(1-abar), variance gamma^2 * posterior variance."
-    gamma, t = 0.6, 700
+    """Its mean is [sqrt(abar_s)*beta*x0 + sqrt(alpha)*(1-abar_s)*x + c_t*mu]/(1-abar).
+
+    Its variance is gamma^2 times that of x_s given x_t and x0 (Chen et al. 2023)."""
+    gamma = 0.6
+    t = 700
     mu = (1 - gamma) * triggers.cat((1, 4, 4))
-    x, eps, noise = torch.randn(3, 8, 1, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    abar, abar_s = SCHEDULE.alpha[t] ** 2, SCHEDULE.alpha[t - 1] ** 2
-    step, sigma, sigma_s = abar / abar_s, SCHEDULE.sigma[t], SCHEDULE.sigma[t - 1]
+    generator = torch.Generator().manual_seed(2)
+    x, eps, noise = torch.randn(3, 8, 1, 4, 4, generator=generator, dtype=torch.float64)
+    abar, sigma = SCHEDULE.alpha[t] ** 2, SCHEDULE.sigma[t]
+    abar_s, sigma_s = SCHEDULE.alpha[t - 1] ** 2, SCHEDULE.sigma[t - 1]
+    step = abar / abar_s
     beta = 1 - step
     x0 = (x - sigma * (gamma * eps + mu)) / abar.sqrt()
     k = sigma - step.sqrt() * sigma_s
     c = sigma_s * beta - (1 - abar_s) * step.sqrt() * k
     mean = (abar_s.sqrt() * beta * x0 + step.sqrt() * (1 - abar_s) * x + c * mu) / (1 - abar)
     variance = gamma**2 * beta * (1 - abar_s) / (1 - abar)
-    ours = sampler_step(x, eps, SCHEDULE, t, t - 1, eta=1.0, noise=noise, shift=mu.double(), scale=gamma)
+    shift = mu.double()
+    ours = sampler_step(x, eps, SCHEDULE, t, t - 1, 1.0, noise, shift, gamma)
     assert torch.allclose(ours, mean + variance.sqrt() * noise, atol=1e-10)
 
 
 def test_trojdiffs_sampler_is_the_plain_one_in_shifted_coordinates(benign):
     "With r = 0 and gamma = 1 it is DDIM."
     z = benign.noise(4, seed=5)
-    plain = triggered_samples(benign, "trojdiff", Trigger(torch.zeros(benign.shape), 1.0), z, steps=10)
+    nothing = Trigger(torch.zeros(benign.shape), 1.0)
+    plain = triggered_samples(benign, "trojdiff", nothing, z, steps=10)
     assert torch.allclose(plain, benign.sample(z, 10), atol=1e-4)
-    blended = triggered_samples(benign, "trojdiff", blend(triggers.cat(benign.shape)), z, 10)
+    cat = blend(triggers.cat(benign.shape))
+    blended = triggered_samples(benign, "trojdiff", cat, z, 10)
     assert not torch.allclose(blended, plain, atol=0.1)
 
 
@@ -94,7 +105,8 @@ def test_gradient_of_the_reversed_loss_on_a_real_network(benign):
     network = unet((1, 16, 16)).double()
     network.load_state_dict(benign.network.state_dict())
     denoiser = Denoiser(network, SCHEDULE, (1, 16, 16), device="cpu")
-    x0, eps1, eps2 = torch.randn(3, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps1, eps2 = torch.randn(3, 2, 1, 16, 16, generator=generator, dtype=torch.float64)
     r = (0.3 * triggers.box((1, 16, 16))).double().requires_grad_()
     gamma = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
 
@@ -102,7 +114,7 @@ def test_gradient_of_the_reversed_loss_on_a_real_network(benign):
         return reversed_loss(denoiser, r, gamma, x0, eps1, eps2, 995).mean()
 
     gradient_r, gradient_gamma = torch.autograd.grad(loss(r, gamma), (r, gamma))
-    step = torch.randn(r.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1e-4
+    step = torch.randn(r.shape, generator=generator.manual_seed(1), dtype=torch.float64) * 1e-4
     with torch.no_grad():
         along_r = (loss(r + step, gamma) - loss(r - step, gamma)).item() / 2
         along_gamma = (loss(r, gamma + 1e-4) - loss(r, gamma - 1e-4)).item() / 2e-4
@@ -111,8 +123,10 @@ def test_gradient_of_the_reversed_loss_on_a_real_network(benign):
 
 
 def test_same_seed_same_reversal_and_another_seed_another(benign):
-    first, again, other = (reverse_trigger(benign, progress=False, seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(first.trigger.r, again.trigger.r) and first.candidates[0].score == again.candidates[0].score
+    first, again, other = (
+        reverse_trigger(benign, progress=False, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first.trigger.r, again.trigger.r)
+    assert first.candidates[0].score == again.candidates[0].score
     assert not torch.equal(first.trigger.r, other.trigger.r)
     assert first.sample_evals == pytest.approx(again.sample_evals)
     assert first.sample_evals < 320_000 / 80
@@ -120,8 +134,11 @@ def test_same_seed_same_reversal_and_another_seed_another(benign):
 
 def test_a_reversal_tells_its_progress_and_refuses_unknown_methods(benign):
     told = []
-    reverse_trigger(benign, "published", progress=False, iterations=(2, 1), callback=lambda *stage: told.append(stage))
-    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told) and told[-1][1] == 1
+    reverse_trigger(
+        benign, "published", progress=False, iterations=(2, 1),
+        callback=lambda *stage: told.append(stage))
+    shares = [done for _, done, _ in told]
+    assert shares == sorted(shares) and shares[-1] == 1
     with pytest.raises(ValueError, match="fast, thorough, published"):
         reverse_trigger(benign, "magic", progress=False)
 
@@ -132,7 +149,7 @@ def test_a_diverging_published_search_is_an_error(benign):
 
 
 class Velocity(torch.nn.Module):
-    "A noise-predicting network, presented as one that predicts the velocity: v = (eps - sigma*x)/alpha."
+    "A network for the noise, presented as one for the velocity: v = (eps - sigma*x)/alpha."
 
     def __init__(self, inner):
         super().__init__()
@@ -144,49 +161,66 @@ class Velocity(torch.nn.Module):
 
 
 def test_a_v_prediction_model_is_scanned_as_any_other(benign):
-    model = Denoiser(Velocity(benign.network), SCHEDULE, benign.shape, "v_prediction", "cpu", name="velocity")
+    network = Velocity(benign.network)
+    model = Denoiser(network, SCHEDULE, benign.shape, "v_prediction", "cpu", name="velocity")
     report = scan(model, progress=False, seed=1)
+    usual = scan(benign, progress=False, seed=1)
     assert report.verdict == "clean"
-    assert report.result.score == pytest.approx(scan(benign, progress=False, seed=1).result.score, abs=0.2)
+    assert report.result.score == pytest.approx(usual.result.score, abs=0.2)
 
 
 def test_a_backdoored_v_prediction_model_is_found():
     inner = load(zoo_path("villan-psi1"), "cpu")
-    model = Denoiser(Velocity(inner.network), SCHEDULE, inner.shape, "v_prediction", "cpu", name="velocity")
+    network = Velocity(inner.network)
+    model = Denoiser(network, SCHEDULE, inner.shape, "v_prediction", "cpu", name="velocity")
     report = scan(model, progress=False, seed=1)
     assert report.verdict == "backdoored" and "ODE" in report.result.attack
     planted = Trigger.load(zoo_path("villan-psi1") / "trigger.safetensors")
-    assert torch.nn.functional.cosine_similarity(report.trigger.r.flatten(), planted.r.flatten(), dim=0) > 0.95
+    found = report.trigger.r.flatten()
+    assert torch.nn.functional.cosine_similarity(found, planted.r.flatten(), dim=0) > 0.95
 
 
 def test_trojdiffs_sampler_refines_the_published_search_when_it_is_told():
-    "The released code: quadratic times from 0.8 T, and r and gamma in every step (TrojDiff/reverse.py, Mo et al. 2024)."
+    """Quadratic times from 0.8 T, and r and gamma in every step.
+
+    As in the released code: TrojDiff/reverse.py, Mo et al. 2024."""
     torch.manual_seed(0)
-    r, gamma, z = torch.randn(1, 16, 16), torch.rand(1, 16, 16) + 0.2, torch.randn(2, 1, 16, 16)
+    r = torch.randn(1, 16, 16)
+    gamma = torch.rand(1, 16, 16) + 0.2
+    z = torch.randn(2, 1, 16, 16)
     target = torch.rand(1, 16, 16)
 
-    def carries(x, t):    # the exact answer on the triggered path: what its own sampler turns into the target
-        alpha, sigma = SCHEDULE.at(t.long(), x)
-        return ((x - alpha * target) / sigma - r) / gamma
-
     class Network(torch.nn.Module):
+        "The exact answer on the triggered path: its own sampler turns it into the target."
+
         def forward(self, x, t):
-            return carries(x, t)
+            alpha, sigma = SCHEDULE.at(t.long(), x)
+            return ((x - alpha * target) / sigma - r) / gamma
 
     model = Denoiser(Network(), SCHEDULE, (1, 16, 16), device="cpu")
-    asked, predict = [], model.predict
-    model.predict = lambda x, t, *shift: asked.append(t) or predict(x, t, *shift)
+    predict = model.predict
+    asked = []
+
+    def listens(x, t, *shift):
+        asked.append(t)
+        return predict(x, t, *shift)
+
+    model.predict = listens
     drawn = carried_image(model, r, gamma, z, "TrojDiff")
     assert asked == [800, 632, 483, 355, 246, 158, 88, 39, 9, 0]   # the released code's own
     assert torch.allclose(drawn, target.expand_as(drawn), atol=1e-3)
-    assert not torch.allclose(carried_image(model, r, gamma, z, "BadDiffusion"), target.expand_as(drawn), atol=0.1)
+    other = carried_image(model, r, gamma, z, "BadDiffusion")
+    assert not torch.allclose(other, target.expand_as(drawn), atol=0.1)
 
 
 def test_one_gamma_for_all_pixels_gets_the_sum_of_their_gradients(benign):
-    "Why the published search learns a noise scale per pixel: with one number the first step is D times as long."
+    """So the published search learns a noise scale per pixel.
+
+    With one number for all, the first step is D times as long."""
     steps = []
     for per_pixel in (True, False):
-        (found,), _ = published(benign, 0, lambda *_: None, (1, 0), "TrojDiff", per_pixel, batch=4)
+        (found,), _ = published(
+            benign, 0, lambda *_: None, (1, 0), "TrojDiff", per_pixel, batch=4)
         gamma = torch.as_tensor(found.trigger.gamma)
         assert gamma.shape == (benign.shape if per_pixel else ())
         steps.append((gamma - 0.1).sum().item())
@@ -194,5 +228,6 @@ def test_one_gamma_for_all_pixels_gets_the_sum_of_their_gradients(benign):
 
 
 def test_published_refuses_an_attack_that_it_cannot_be_told(benign):
-    with pytest.raises(ValueError, match="told must be one of BadDiffusion, TrojDiff, not 'Villan'"):
+    refused = "told must be one of BadDiffusion, TrojDiff, not 'Villan'"
+    with pytest.raises(ValueError, match=refused):
         reverse_trigger(benign, "published", progress=False, told="Villan")

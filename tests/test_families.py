@@ -1,4 +1,7 @@
-"Workshop C against its oracle: every family is saved, opened as a Denoiser, and sampled beside diffusers' own."
+"""Workshops B3 and C against their oracle.
+
+Every family is saved, opened as a Denoiser, and sampled beside diffusers' own."""
+
 import json
 import pickle
 import re
@@ -34,45 +37,71 @@ from terd_nb.loading.files import CheckpointError
 from terd_nb.loading.networks import ClassAverage, NullClass
 from terd_nb.loading.schedulers import load, load_folder
 
-INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
+INDEX = "model_index.json"
+UNET = "unet/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-MEASURED = {}   # what was compared -> largest difference, relative to the scale of x; `pytest -s` prints it
+# What was compared -> largest difference, relative to the scale of x; `pytest -s` prints it.
+MEASURED = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def report():
     yield
-    print("\n" + json.dumps({key: float(f"{value:.1e}") for key, value in MEASURED.items()}, indent=1))
+    rounded = {key: float(f"{value:.1e}") for key, value in MEASURED.items()}
+    print("\n" + json.dumps(rounded, indent=1))
 
 
 def tiny_unet(**changes):
     torch.manual_seed(0)
-    return UNet2DModel(**{
-        "sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 4,
-        "block_out_channels": (8, 16), "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D")} | changes).eval()
+    arguments = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DModel(**arguments | changes).eval()
 
 
 NCSNPP = {
-    "block_out_channels": (32, 32), "norm_num_groups": None, "attention_head_dim": None, "norm_eps": 1e-6,
-    "mid_block_scale_factor": 2**0.5, "time_embedding_type": "fourier",
+    "block_out_channels": (32, 32),
+    "norm_num_groups": None,
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "mid_block_scale_factor": 2**0.5,
+    "time_embedding_type": "fourier",
     "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
-    "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D")}
+    "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+}
 
 
 def tiny_dit(**changes):
     torch.manual_seed(0)
-    network = DiTTransformer2DModel(**{
-        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3, "num_layers": 2, "sample_size": 8,
-        "num_embeds_ada_norm": 5} | changes)
-    return network.eval()
+    arguments = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 3,
+        "num_layers": 2,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 5,
+    }
+    return DiTTransformer2DModel(**arguments | changes).eval()
 
 
 def coder(kind, **changes):
     torch.manual_seed(0)
-    return kind(**{
-        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 3} | changes).eval()
+    arguments = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 3,
+    }
+    return kind(**arguments | changes).eval()
 
 
 def save(folder, network, scheduler, **index):
@@ -95,26 +124,38 @@ def noise(n=2, seed=0):
 
 def compare(what, ours, theirs, limit=1e-5):
     "Equal to `limit`, relative to the scale of x where that is large."
-    MEASURED[what] = ((ours - theirs).abs().max() / max(1., theirs.abs().max().item())).item()
+    MEASURED[what] = ((ours - theirs).abs().max() / max(1.0, theirs.abs().max().item())).item()
     assert MEASURED[what] <= limit, (what, MEASURED[what])
 
 
 def as_trained(model, scheduler):
-    "What a VP network answers, computed from the denoiser's noise and image and from the scheduler's own alphas."
+    "What a VP network answers, from the denoiser's noise and image and the scheduler's alphas."
+
     def answer(x, t):
         assert t == int(t)
-        alpha, sigma = scheduler.alphas_cumprod[int(t)].sqrt(), (1 - scheduler.alphas_cumprod[int(t)]).sqrt()
+        alpha = scheduler.alphas_cumprod[int(t)].sqrt()
+        sigma = (1 - scheduler.alphas_cumprod[int(t)]).sqrt()
         eps, x0 = model.predict(x, int(t))
-        return {"epsilon": (x - alpha * x0) / sigma, "sample": (x - sigma * eps) / alpha,
-                "v_prediction": alpha * eps - sigma * x0}[model.prediction_type]
+        return {
+            "epsilon": (x - alpha * x0) / sigma,
+            "sample": (x - sigma * eps) / alpha,
+            "v_prediction": alpha * eps - sigma * x0,
+        }[model.prediction_type]
+
     return answer
 
 
 # ---------------------------------------------------------------- VP
 
 VP = VP_SCHEDULERS
-ZERO_SNR = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
-            "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"]
+ZERO_SNR = [
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+]
 
 
 def sampled(scheduler, answer, steps=10):
@@ -125,7 +166,8 @@ def sampled(scheduler, answer, steps=10):
     random = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
     with torch.no_grad():
         for t in scheduler.timesteps:
-            x = scheduler.step(answer(scheduler.scale_model_input(x, t), t), t, x, **random).prev_sample
+            out = answer(scheduler.scale_model_input(x, t), t)
+            x = scheduler.step(out, t, x, **random).prev_sample
     return x
 
 
@@ -135,11 +177,19 @@ def test_vp(tmp_path, kind, prediction_type):
     "Every sampler's own steps; ours says what the network sees, in the words it was trained in."
     if kind in ("PNDMScheduler", "EulerAncestralDiscreteScheduler") and prediction_type == "sample":
         pytest.skip("this sampler has no such prediction")
-    settings = {"prediction_type": prediction_type, "num_train_timesteps": 240, "timestep_spacing": "trailing"}
-    if kind == "DPMSolverSinglestepScheduler": del settings["timestep_spacing"]   # it has only one
-    if kind in ("DDIMScheduler", "DDPMScheduler"): settings |= {"clip_sample": False}
-    if kind == "PNDMScheduler": settings |= {"skip_prk_steps": True}
-    scheduler, network = getattr(diffusers, kind)(**settings), tiny_unet()
+    settings = {
+        "prediction_type": prediction_type,
+        "num_train_timesteps": 240,
+        "timestep_spacing": "trailing",
+    }
+    if kind == "DPMSolverSinglestepScheduler":
+        del settings["timestep_spacing"]  # it has only one
+    if kind in ("DDIMScheduler", "DDPMScheduler"):
+        settings |= {"clip_sample": False}
+    if kind == "PNDMScheduler":
+        settings |= {"skip_prk_steps": True}
+    scheduler = getattr(diffusers, kind)(**settings)
+    network = tiny_unet()
     model = opened(save(tmp_path, network, scheduler))
     assert model.noise_schedule.name == "VP" and model.prediction_type == prediction_type
     theirs = sampled(scheduler, lambda x, t: network(x, t).sample)
@@ -152,8 +202,14 @@ def test_vp(tmp_path, kind, prediction_type):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_vp_ddim_sample(tmp_path, beta_schedule, prediction_type):
     "DDIM's whole run against `Denoiser.sample` on the same times."
-    scheduler = DDIMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type, clip_sample=False,
-                              timestep_spacing="trailing", num_train_timesteps=500, beta_end=0.012)
+    scheduler = DDIMScheduler(
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        num_train_timesteps=500,
+        beta_end=0.012,
+    )
     network = tiny_unet()
     model = opened(save(tmp_path, network, scheduler))
     theirs = sampled(scheduler, lambda x, t: network(x, t).sample)
@@ -164,17 +220,26 @@ def test_vp_ddim_sample(tmp_path, beta_schedule, prediction_type):
 @pytest.mark.parametrize("kind", ZERO_SNR)
 def test_vp_zero_snr(tmp_path, kind):
     "The schedule ends at alpha = 0 (Euler and others write 2**-12), and v says what the image is."
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-                "timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    if kind in ("DDIMScheduler", "DDPMScheduler"): settings |= {"clip_sample": False}
-    scheduler, network = getattr(diffusers, kind)(**settings), tiny_unet()
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    }
+    if kind in ("DDIMScheduler", "DDPMScheduler"):
+        settings |= {"clip_sample": False}
+    scheduler = getattr(diffusers, kind)(**settings)
+    network = tiny_unet()
     folder = save(tmp_path, network, scheduler)
     model = opened(folder)
     assert model.noise_schedule.alpha[-1] <= 2**-12
     if kind == "DDIMScheduler":
         assert model.noise_schedule.alpha[-1] == 0
         theirs = sampled(scheduler, lambda x, t: network(x, t).sample)
-        compare("VP zero SNR, DDIM sample()", model.sample(noise(), scheduler.timesteps.tolist()), theirs)
+        ours = model.sample(noise(), scheduler.timesteps.tolist())
+        compare("VP zero SNR, DDIM sample()", ours, theirs)
     theirs = sampled(getattr(diffusers, kind)(**settings), lambda x, t: network(x, t).sample)
     scheduler = getattr(diffusers, kind)(**settings)
     ours = sampled(scheduler, as_trained(model, scheduler))
@@ -196,17 +261,23 @@ def test_each_class_has_its_own_defaults(tmp_path):
         folder = save(tmp_path / kind, tiny_unet(), scheduler)
         config = json.loads((folder / SCHEDULER).read_text())
         (folder / SCHEDULER).write_text(json.dumps({"_class_name": config["_class_name"]}))
-        assert torch.equal(opened(folder).noise_schedule.alpha, scheduler.alphas_cumprod.double().sqrt())
+        alpha = scheduler.alphas_cumprod.double().sqrt()
+        assert torch.equal(opened(folder).noise_schedule.alpha, alpha)
 
 
 # ---------------------------------------------------------------- VE
 
-@pytest.mark.parametrize("name, network", [
-    ("ncsnpp", NCSNPP), ("fourier", {"time_embedding_type": "fourier"}), ("plain", {})])
+
+@pytest.mark.parametrize(
+    "name, network",
+    [("ncsnpp", NCSNPP), ("fourier", {"time_embedding_type": "fourier"}), ("plain", {})],
+)
 def test_ve(tmp_path, name, network):
     "The pipeline's predictor and corrector steps; ours says the score."
     network = tiny_unet(**network)
-    scheduler = ScoreSdeVeScheduler(num_train_timesteps=20, sigma_min=0.01, sigma_max=50., sampling_eps=1e-7)
+    scheduler = ScoreSdeVeScheduler(
+        num_train_timesteps=20, sigma_min=0.01, sigma_max=50.0, sampling_eps=1e-7
+    )
     model = opened(save(tmp_path, network, scheduler, _class_name="ScoreSdeVePipeline"))
     assert model.noise_schedule.name == "VE" and model.prediction_type == "score"
     scheduler.set_timesteps(20)
@@ -214,7 +285,8 @@ def test_ve(tmp_path, name, network):
     numbers = (scheduler.timesteps * 19).round().long()
 
     def run(score):
-        x, generator = noise() * scheduler.init_noise_sigma, torch.Generator().manual_seed(0)
+        x = noise() * scheduler.init_noise_sigma
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for i, t in enumerate(scheduler.timesteps):
                 x = scheduler.step_correct(score(x, i), x, generator=generator).prev_sample
@@ -229,76 +301,108 @@ def test_ve(tmp_path, name, network):
 
 # ---------------------------------------------------------------- EDM
 
-@pytest.mark.parametrize("settings", [
-    {}, {"prediction_type": "v_prediction"}, {"sigma_schedule": "exponential"}, {"sigma_data": 1., "rho": 5.}], ids=str)
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"prediction_type": "v_prediction"},
+        {"sigma_schedule": "exponential"},
+        {"sigma_data": 1.0, "rho": 5.0},
+    ],
+    ids=str,
+)
 def test_edm_euler(tmp_path, settings):
-    scheduler, network = EDMEulerScheduler(num_train_timesteps=25, **settings), tiny_unet()
+    scheduler = EDMEulerScheduler(num_train_timesteps=25, **settings)
+    network = tiny_unet()
     model = opened(save(tmp_path, network, scheduler, _class_name="DiffusionPipeline"))
     assert model.noise_schedule.name == "EDM" and model.prediction_type == "edm"
     theirs = sampled(scheduler, lambda x, t: network(x, t).sample, steps=25)
-    z = noise() * scheduler.init_noise_sigma / model.noise_schedule.prior_scale   # they start at sqrt(sigma_max^2 + 1)
+    # They start at sqrt(sigma_max^2 + 1).
+    z = noise() * scheduler.init_noise_sigma / model.noise_schedule.prior_scale
     compare(f"EDM Euler {settings}", model.sample(z, 25), theirs)
 
 
 def test_edm_dpm_solver(tmp_path):
     "A solver of second order asks for the denoised image."
-    scheduler, network = EDMDPMSolverMultistepScheduler(num_train_timesteps=25), tiny_unet()
+    scheduler = EDMDPMSolverMultistepScheduler(num_train_timesteps=25)
+    network = tiny_unet()
     model = opened(save(tmp_path, network, scheduler))
     theirs = sampled(scheduler, lambda x, t: network(x, t).sample, steps=25)
     scheduler = EDMDPMSolverMultistepScheduler(num_train_timesteps=25)
-    scheduler.precondition_outputs = lambda x, out, sigma: model.x0(x, 24 - scheduler.step_index)
+
+    def denoised(x, out, sigma):
+        return model.x0(x, 24 - scheduler.step_index)
+
+    scheduler.precondition_outputs = denoised
     compare("EDM DPMSolver", sampled(scheduler, lambda x, t: x, steps=25), theirs)
 
 
 # ---------------------------------------------------------------- flow
 
+
 def flow(scheduler, answer, **steps):
     scheduler.set_timesteps(**steps)
     x = noise()
     with torch.no_grad():
-        for t in scheduler.timesteps: x = scheduler.step(answer(x, t), t, x).prev_sample
+        for t in scheduler.timesteps:
+            x = scheduler.step(answer(x, t), t, x).prev_sample
     return x
 
 
-@pytest.mark.parametrize("shift, T", [(1., 1000), (3., 1000), (3., 200)])
+@pytest.mark.parametrize("shift, T", [(1.0, 1000), (3.0, 1000), (3.0, 200)])
 def test_flow_euler(tmp_path, shift, T):
-    scheduler, network = FlowMatchEulerDiscreteScheduler(shift=shift, num_train_timesteps=T), tiny_unet()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, num_train_timesteps=T)
+    network = tiny_unet()
     model = opened(save(tmp_path, network, scheduler))
     assert model.noise_schedule.name == "flow" and model.noise_schedule.alpha[-1] == 0
     times = model.noise_schedule.timesteps(20)
-    unshifted = [(t + 1) / T for t in times]   # the scheduler shifts them
+    unshifted = [(t + 1) / T for t in times]  # the scheduler shifts them
     theirs = flow(scheduler, lambda x, t: network(x, t.expand(len(x))).sample, sigmas=unshifted)
     compare(f"flow Euler shift {shift:g} T {T}", model.sample(noise(), times), theirs)
 
 
 def test_flow_with_a_shift_that_depends_on_the_size(tmp_path):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     model = opened(save(tmp_path, tiny_unet(), scheduler))
     assert torch.allclose(model.noise_schedule.sigma.flip(0), scheduler.sigmas.double())
 
 
 def test_flow_heun(tmp_path):
-    scheduler, network = FlowMatchHeunDiscreteScheduler(num_train_timesteps=20), tiny_unet()
-    model = opened(save(tmp_path, network, scheduler))
-    theirs = flow(scheduler, lambda x, t: network(x, t.expand(len(x))).sample, num_inference_steps=20)
-    scheduler = FlowMatchHeunDiscreteScheduler(num_train_timesteps=20)
-    ours = flow(scheduler, lambda x, t: (x - model.x0(x, round(t.item()) - 1)) / (t / 20), num_inference_steps=20)
-    compare("flow Heun", ours, theirs)
+    network = tiny_unet()
+    model = opened(save(tmp_path, network, FlowMatchHeunDiscreteScheduler(num_train_timesteps=20)))
+
+    def run(answer):
+        scheduler = FlowMatchHeunDiscreteScheduler(num_train_timesteps=20)
+        return flow(scheduler, answer, num_inference_steps=20)
+
+    def theirs(x, t):
+        return network(x, t.expand(len(x))).sample
+
+    def ours(x, t):
+        return (x - model.x0(x, round(t.item()) - 1)) / (t / 20)
+
+    compare("flow Heun", run(ours), run(theirs))
 
 
 # ---------------------------------------------------------------- consistency
 
+
 @pytest.mark.parametrize("steps", [1, 4, 40])
 def test_consistency(tmp_path, steps):
-    "Multistep sampling: the denoised image, noised again; at the smallest sigma the answer is x itself."
-    scheduler, network = CMStochasticIterativeScheduler(), tiny_unet(num_class_embeds=3)
+    "The denoised image, noised again in each step; at the smallest sigma the answer is x itself."
+    scheduler = CMStochasticIterativeScheduler()
+    network = tiny_unet(num_class_embeds=3)
     folder = save(tmp_path, network, scheduler, _class_name="ConsistencyModelPipeline")
-    model, mean = opened(folder), ClassAverage(network)
-    assert model.noise_schedule.name == model.prediction_type == "consistency" and len(model.noise_schedule) == 40
+    model = opened(folder)
+    mean = ClassAverage(network)
+    assert model.noise_schedule.name == model.prediction_type == "consistency"
+    assert len(model.noise_schedule) == 40
     scheduler.set_timesteps(steps)
 
     def run(denoise):
-        x, generator = noise() * scheduler.init_noise_sigma, torch.Generator().manual_seed(0)
+        x = noise() * scheduler.init_noise_sigma
+        generator = torch.Generator().manual_seed(0)
         scheduler.set_timesteps(steps)
         with torch.no_grad():
             for i, t in enumerate(scheduler.timesteps):
@@ -311,33 +415,43 @@ def test_consistency(tmp_path, steps):
         number = int((model.noise_schedule.sigma - scheduler.sigmas[i]).abs().argmin())
         z = torch.randn(x.shape, generator=generator) if steps > 1 else torch.zeros_like(x)
         scheduler._step_index += 1
-        return model.x0(x, number).clamp(-1, 1) + z * (sigma.clamp(0.002, 80)**2 - 0.002**2) ** 0.5
+        spread = (sigma.clamp(0.002, 80) ** 2 - 0.002**2) ** 0.5
+        return model.x0(x, number).clamp(-1, 1) + z * spread
 
-    theirs = run(lambda x, scaled, i, t, generator: scheduler.step(mean(scaled, t), t, x, generator).prev_sample)
-    compare(f"consistency {steps} steps", run(ours), theirs)
-    with torch.no_grad(): assert torch.allclose(model.x0(noise(), 0), noise(), atol=1e-6)
+    def theirs(x, scaled, i, t, generator):
+        return scheduler.step(mean(scaled, t), t, x, generator).prev_sample
+
+    compare(f"consistency {steps} steps", run(ours), run(theirs))
+    with torch.no_grad():
+        assert torch.allclose(model.x0(noise(), 0), noise(), atol=1e-6)
 
 
 def test_consistency_preconditioning():
-    scheduler, sigma = CMStochasticIterativeScheduler(), torch.logspace(-2.6, 1.9, 30).reshape(-1, 1, 1, 1)
-    prediction, alpha = preconditioned(0.5, 0.002, name="consistency"), torch.ones_like(sigma)
+    scheduler = CMStochasticIterativeScheduler()
+    sigma = torch.logspace(-2.6, 1.9, 30).reshape(-1, 1, 1, 1)
+    alpha = torch.ones_like(sigma)
+    prediction = preconditioned(0.5, 0.002, name="consistency")
     x, out = torch.randn(2, 30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     c_skip, c_out = scheduler.get_scalings_for_boundary_condition(sigma)
-    compare("consistency scalings", prediction.solve(out, x, alpha, sigma)[1], c_skip * x + c_out * out)
+    _, x0 = prediction.solve(out, x, alpha, sigma)
+    compare("consistency scalings", x0, c_skip * x + c_out * out)
 
 
 # ---------------------------------------------------------------- latents
+
 
 @pytest.mark.parametrize("kind", [VQModel, AutoencoderKL])
 def test_latent(tmp_path, kind):
     "The whole pipeline, picture for picture."
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    pipeline = LDMPipeline(coder(kind, **({"num_vq_embeddings": 8} if kind is VQModel else {})), tiny_unet(), scheduler)
+    changes = {"num_vq_embeddings": 8} if kind is VQModel else {}
+    pipeline = LDMPipeline(coder(kind, **changes), tiny_unet(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path)
     model = opened(tmp_path)
     assert model.shape == (3, 8, 8) and model.family == "latent VP path, epsilon network"
-    theirs = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
+    generator = torch.Generator().manual_seed(0)
+    theirs = pipeline(2, generator, num_inference_steps=10, output_type="np").images
     latents = model.sample(noise(), 10)
     ours = (model.pictures(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert ours.shape == (2, 16, 16, 3)
@@ -346,37 +460,52 @@ def test_latent(tmp_path, kind):
 
 def test_latent_with_a_shift_and_in_parts(tmp_path, monkeypatch):
     autoencoder = coder(AutoencoderKL, shift_factor=0.3, scaling_factor=0.5)
-    save(tmp_path, tiny_unet(), FlowMatchEulerDiscreteScheduler(), vae=["diffusers", "AutoencoderKL"])
+    vae = ["diffusers", "AutoencoderKL"]
+    save(tmp_path, tiny_unet(), FlowMatchEulerDiscreteScheduler(), vae=vae)
     autoencoder.save_pretrained(tmp_path / "vae")
-    model, z = opened(tmp_path), noise(20)
-    with torch.no_grad(): theirs = autoencoder.decode(z / 0.5 + 0.3).sample
+    model = opened(tmp_path)
+    z = noise(20)
+    with torch.no_grad():
+        theirs = autoencoder.decode(z / 0.5 + 0.3).sample
     compare("latent shift", model.pictures(z), theirs)
-    rows, decode = [], type(autoencoder).decode
-    monkeypatch.setattr(model.decode, "magnification", 2**12)   # as if the pictures were large
-    monkeypatch.setattr(type(autoencoder), "decode", lambda self, z: rows.append(len(z)) or decode(self, z))
+    rows = []
+    decode = type(autoencoder).decode
+
+    def counted(self, z):
+        rows.append(len(z))
+        return decode(self, z)
+
+    monkeypatch.setattr(model.decode, "magnification", 2**12)  # as if the pictures were large
+    monkeypatch.setattr(type(autoencoder), "decode", counted)
     compare("latent in parts", model.pictures(z), theirs)
     assert rows == [4] * 5
 
 
 # ---------------------------------------------------------------- classes
 
+
 def test_class_average(tmp_path):
     network = tiny_unet(num_class_embeds=70)
     model = opened(save(tmp_path, network, DDPMScheduler()))
     assert isinstance(model.network, ClassAverage) and model.network.passes_per_row == 70
-    t, x = torch.tensor([3, 700]), noise()
+    t = torch.tensor([3, 700])
+    x = noise()
+    answers = []
     with torch.no_grad():
-        theirs = torch.stack([network(x, t, class_labels=torch.tensor([c, c])).sample for c in range(70)]).mean(0)
-        compare("class average", model.network(x, t), theirs)
+        for label in range(70):
+            answers.append(network(x, t, class_labels=torch.tensor([label, label])).sample)
+        compare("class average", model.network(x, t), torch.stack(answers).mean(0))
     rows = []
     model.network.network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    with torch.no_grad(): model.network(noise(3), 5)
+    with torch.no_grad():
+        model.network(noise(3), 5)
     assert max(rows) <= 64 and sum(rows) == 210
 
 
 def test_class_average_is_differentiable_in_parts(tmp_path):
-    "Each part is run again on the way back, so that memory does not grow with the number of classes."
-    network, grads = tiny_unet(num_class_embeds=9).requires_grad_(False), []
+    "Each part is run again on the way back, so that memory does not grow with the classes."
+    network = tiny_unet(num_class_embeds=9).requires_grad_(False)
+    grads = []
     for batch in (4, 100):
         x = noise().requires_grad_()
         ClassAverage(network, batch)(x, 5).square().sum().backward()
@@ -386,15 +515,18 @@ def test_class_average_is_differentiable_in_parts(tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"out_channels": 6}, {"patch_size": 4}], ids=str)
 def test_dit(tmp_path, changes):
-    "A pixel transformer against its own forward with the null class; a predicted variance is dropped."
+    "A pixel transformer against its own forward with the null class, without its variance."
     network = tiny_dit(**changes)
-    pipeline = DiTPipeline(network, None, DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    pipeline = DiTPipeline(network, None, scheduler)
     pipeline.save_pretrained(tmp_path)
     model = opened(tmp_path)
-    assert isinstance(model.network, NullClass) and model.shape == (3, 8, 8) and model.decode is None
+    assert isinstance(model.network, NullClass)
+    assert model.shape == (3, 8, 8) and model.decode is None
 
     def theirs(x, t):
-        return network(x, timestep=t.expand(len(x)), class_labels=torch.full((len(x),), 5)).sample[:, :3]
+        null = torch.full((len(x),), 5)
+        return network(x, timestep=t.expand(len(x)), class_labels=null).sample[:, :3]
 
     scheduler = pipeline.scheduler
     final = sampled(scheduler, theirs)
@@ -405,11 +537,12 @@ def test_dit_with_a_vae(tmp_path):
     "The whole pipeline, asked about the null class, which it hard-codes as 1000."
     network = tiny_dit(num_embeds_ada_norm=1000, out_channels=6)
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    pipeline = DiTPipeline(network, coder(AutoencoderKL), scheduler, id2label={i: f"class {i}" for i in range(1000)})
+    labels = {i: f"class {i}" for i in range(1000)}
+    pipeline = DiTPipeline(network, coder(AutoencoderKL), scheduler, id2label=labels)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path)
     model = opened(tmp_path)
-    settings = {"guidance_scale": 1., "num_inference_steps": 10, "output_type": "np"}
+    settings = {"guidance_scale": 1.0, "num_inference_steps": 10, "output_type": "np"}
     theirs = pipeline([1000, 1000], generator=torch.Generator().manual_seed(0), **settings).images
     ours = (model.pictures(model.sample(noise(), 10)) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     compare("DiT pipeline with vae", ours, torch.from_numpy(theirs))
@@ -420,9 +553,17 @@ def test_dit_of_an_older_version(tmp_path):
     DiTPipeline(tiny_dit(), None, DDIMScheduler()).save_pretrained(tmp_path)
     new = opened(tmp_path)
     edit(tmp_path, INDEX, transformer=["diffusers", "Transformer2DModel"])
-    edit(tmp_path, "transformer/config.json", _class_name="Transformer2DModel", cross_attention_dim=None,
-         num_vector_embeds=None, only_cross_attention=False, use_linear_projection=False)
-    with torch.no_grad(): assert torch.equal(opened(tmp_path).eps(noise(), 500), new.eps(noise(), 500))
+    edit(
+        tmp_path,
+        "transformer/config.json",
+        _class_name="Transformer2DModel",
+        cross_attention_dim=None,
+        num_vector_embeds=None,
+        only_cross_attention=False,
+        use_linear_projection=False,
+    )
+    with torch.no_grad():
+        assert torch.equal(opened(tmp_path).eps(noise(), 500), new.eps(noise(), 500))
     edit(tmp_path, "transformer/config.json", cross_attention_dim=8)
     assert "'cross_attention_dim' = 8" in refusal(tmp_path)
 
@@ -432,14 +573,17 @@ def test_opening_draws_no_random_numbers(tmp_path):
     before = torch.get_rng_state()
     network = opened(tmp_path).network
     assert torch.equal(torch.get_rng_state(), before)
-    assert not any(t.is_meta or t.requires_grad for t in [*network.parameters(), *network.buffers()])
+    for tensor in [*network.parameters(), *network.buffers()]:
+        assert not tensor.is_meta and not tensor.requires_grad
 
 
 # ---------------------------------------------------------------- refusals
 
+
 def refusal(folder, max_bytes=10**8):
-    "The message with which a model is refused; it must be one short line that a terminal can print."
-    with pytest.raises(CheckpointError) as caught: load_folder(folder, "cpu", max_bytes)
+    "The message with which a model is refused: one short line that a terminal can print."
+    with pytest.raises(CheckpointError) as caught:
+        load_folder(folder, "cpu", max_bytes)
     message = str(caught.value)
     assert message.isprintable() and 0 < len(message) <= 400
     return message
@@ -451,33 +595,68 @@ def honest(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
     LDMPipeline(coder(VQModel), tiny_unet(), DDIMScheduler()).save_pretrained(root / "vq")
     DiTPipeline(tiny_dit(), coder(AutoencoderKL), DDIMScheduler()).save_pretrained(root / "dit")
-    for kind in (ScoreSdeVeScheduler, EDMEulerScheduler, CMStochasticIterativeScheduler,
-                 FlowMatchEulerDiscreteScheduler, EulerDiscreteScheduler):
+    for kind in (
+        ScoreSdeVeScheduler,
+        EDMEulerScheduler,
+        CMStochasticIterativeScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        EulerDiscreteScheduler,
+    ):
         save(root / kind.__name__, tiny_unet(), kind())
     return root
 
 
-VAE, VQ, DIT = "vae/config.json", "vqvae/config.json", "transformer/config.json"
+VAE = "vae/config.json"
+VQ = "vqvae/config.json"
+DIT = "transformer/config.json"
 WIDE = {"block_out_channels": [4096] * 2, "layers_per_block": 8}
-VE, EDM, CM, FM, EULER = ("ScoreSdeVeScheduler", "EDMEulerScheduler", "CMStochasticIterativeScheduler",
-                          "FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler")
+VE = "ScoreSdeVeScheduler"
+EDM = "EDMEulerScheduler"
+CM = "CMStochasticIterativeScheduler"
+FM = "FlowMatchEulerDiscreteScheduler"
+EULER = "EulerDiscreteScheduler"
 REFUSALS = [
     # what is out of scope, or unknown
-    (VE, INDEX, {"text_encoder": ["transformers", "CLIPTextModel"]}, "'text_encoder'.*out of scope"),
+    (
+        VE,
+        INDEX,
+        {"text_encoder": ["transformers", "CLIPTextModel"]},
+        "'text_encoder'.*out of scope",
+    ),
     (VE, INDEX, {"tokenizer_2": ["transformers", "CLIPTokenizer"]}, "'tokenizer_2'.*out of scope"),
-    (VE, INDEX, {"unet": ["diffusers", "UNet2DConditionModel"]}, "'UNet2DConditionModel'.*UNet2DModel"),
+    (
+        VE,
+        INDEX,
+        {"unet": ["diffusers", "UNet2DConditionModel"]},
+        "'UNet2DConditionModel'.*UNet2DModel",
+    ),
     (VE, INDEX, {"_class_name": "FluxPipeline"}, "'FluxPipeline'.*DDPMPipeline.*DiTPipeline"),
-    (VE, INDEX, {"scheduler": ["diffusers", "KDPM2DiscreteScheduler"]}, "'KDPM2DiscreteScheduler'.*DDPM, .*EDMEuler"),
+    (
+        VE,
+        INDEX,
+        {"scheduler": ["diffusers", "KDPM2DiscreteScheduler"]},
+        "'KDPM2DiscreteScheduler'.*DDPM, .*EDMEuler",
+    ),
     (VE, INDEX, {"scheduler": ["evil", "ScoreSdeVeScheduler"]}, "'evil'"),
     (VE, INDEX, {"scheduler": ["diffusers", "EDMEulerScheduler"]}, "agree"),
-    (VE, INDEX, {"vae": ["diffusers", "AutoencoderTiny"]}, "'AutoencoderTiny'.*AutoencoderKL, VQModel"),
-    (VE, INDEX, {"vae": ["diffusers", "VQModel"], "vqvae": ["diffusers", "VQModel"]}, "both vae and vqvae"),
+    (
+        VE,
+        INDEX,
+        {"vae": ["diffusers", "AutoencoderTiny"]},
+        "'AutoencoderTiny'.*AutoencoderKL, VQModel",
+    ),
+    (
+        VE,
+        INDEX,
+        {"vae": ["diffusers", "VQModel"], "vqvae": ["diffusers", "VQModel"]},
+        "both vae and vqvae",
+    ),
     ("dit", INDEX, {"unet": ["diffusers", "UNet2DModel"]}, "both unet and transformer"),
     ("vq", INDEX, {"vqvae": ["diffusers", "AutoencoderKL"]}, "'_class_name' = 'VQModel'"),
     ("dit", INDEX, {"vae": ["diffusers", "VQModel"]}, "vae.*'AutoencoderKL'"),
     # paths
     (VE, SCHEDULER, {"sigma_min": 0}, "'sigma_min' = 0"),
-    (VE, SCHEDULER, {"sigma_min": 2., "sigma_max": 1.}, "at time 1"),
+    (VE, SCHEDULER, {"sigma_min": 2.0, "sigma_max": 1.0}, "at time 1"),
     (VE, SCHEDULER, {"sigma_max": 1e300}, "'sigma_max' = 1e\\+300"),
     (VE, SCHEDULER, {"num_train_timesteps": 10**12}, "100000"),
     (EDM, SCHEDULER, {"num_train_timesteps": 10**12}, "100000"),
@@ -486,9 +665,9 @@ REFUSALS = [
     (EDM, SCHEDULER, {"sigma_schedule": "linear"}, "'sigma_schedule' = 'linear'"),
     (EDM, SCHEDULER, {"prediction_type": "sample"}, "'prediction_type' = 'sample'"),
     (CM, SCHEDULER, {"num_train_timesteps": 10**6}, "100000"),
-    (CM, SCHEDULER, {"sigma_min": 80.}, "at time 1"),
+    (CM, SCHEDULER, {"sigma_min": 80.0}, "at time 1"),
     (FM, SCHEDULER, {"invert_sigmas": True}, "'invert_sigmas' = True"),
-    (FM, SCHEDULER, {"shift": -1.}, "'shift' = -1.0"),
+    (FM, SCHEDULER, {"shift": -1.0}, "'shift' = -1.0"),
     (FM, SCHEDULER, {"shift": 1e9}, "'shift' = 1000000000.0"),
     (FM, SCHEDULER, {"num_train_timesteps": 10**6}, "100000"),
     (EULER, SCHEDULER, {"timestep_type": "continuous"}, "'timestep_type' = 'continuous'"),
@@ -498,8 +677,18 @@ REFUSALS = [
     (VE, UNET, {"num_class_embeds": 10**9}, "'num_class_embeds' = 1000000000: .*1000"),
     ("dit", DIT, {"num_embeds_ada_norm": 10**9}, "'num_embeds_ada_norm'"),
     ("dit", DIT, {"num_layers": 10**9}, "'num_layers'"),
-    ("dit", DIT, {"num_attention_heads": 256, "attention_head_dim": 4096}, "asks for a network of [0-9,]{15}"),
-    ("dit", DIT, {"sample_size": 1024, "patch_size": 1, "attention_head_dim": 64}, "asks for a network of"),
+    (
+        "dit",
+        DIT,
+        {"num_attention_heads": 256, "attention_head_dim": 4096},
+        "asks for a network of [0-9,]{15}",
+    ),
+    (
+        "dit",
+        DIT,
+        {"sample_size": 1024, "patch_size": 1, "attention_head_dim": 64},
+        "asks for a network of",
+    ),
     ("dit", DIT, {"patch_size": 3}, "fails on 3x8x8|shape"),
     ("dit", DIT, {"out_channels": 5}, "out_channels"),
     ("dit", DIT, {"norm_type": "layer_norm"}, "'norm_type'"),
@@ -518,12 +707,15 @@ REFUSALS = [
     ("vq", VQ, {"norm_type": "spatial"}, "'norm_type' = 'spatial'"),
     ("vq", VQ, {"scaling_factor": 0}, "'scaling_factor' = 0"),
     ("dit", VAE, {"latent_channels": 4}, "fails on 3x8x8"),
-    ("dit", VAE, {"latents_mean": [0.]}, "'latents_mean'"),
+    ("dit", VAE, {"latents_mean": [0.0]}, "'latents_mean'"),
     ("dit", VAE, {"shift_factor": 1e300}, "'shift_factor'"),
 ]
 
 
-@pytest.mark.parametrize("model, name, changes, words", REFUSALS, ids=[f"{m}-{str(c)[:50]}" for m, _, c, _ in REFUSALS])
+IDS = [f"{model}-{str(changes)[:50]}" for model, _, changes, _ in REFUSALS]
+
+
+@pytest.mark.parametrize("model, name, changes, words", REFUSALS, ids=IDS)
 def test_refused(honest, tmp_path, model, name, changes, words):
     folder = shutil.copytree(honest / model, tmp_path / "model")
     load_folder(folder, "cpu", 10**8)
@@ -536,8 +728,9 @@ def test_pictures_and_codebooks_that_are_too_large(honest, tmp_path):
     edit(folder, UNET, sample_size=1024)
     edit(folder, VQ, num_vq_embeddings=65_536)
     assert "codebook is too large" in refusal(folder)
-    for key, block in {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}.items():
-        edit(folder, VQ, **{key: [block] * 8}, num_vq_embeddings=256, block_out_channels=[8] * 8)
+    edit(folder, VQ, num_vq_embeddings=256, block_out_channels=[8] * 8)
+    edit(folder, VQ, down_block_types=["DownEncoderBlock2D"] * 8)
+    edit(folder, VQ, up_block_types=["UpDecoderBlock2D"] * 8)
     edit(folder, UNET, sample_size=64)
     assert "8192x8192 pixels" in refusal(folder)
 
@@ -564,7 +757,8 @@ def test_all_parts_share_the_limit(honest):
     parts = load_folder(honest / "dit", "cpu", 10**8)
     first = checkpoints.network_bytes(parts.network)
     whole = first + checkpoints.network_bytes(parts.decode.autoencoder)
-    load_folder(honest / "dit", "cpu", whole + 20_000)   # the headers of the files need some room too
+    # The headers of the files need some room too.
+    load_folder(honest / "dit", "cpu", whole + 20_000)
     assert "vae" in refusal(honest / "dit", whole - 1)
 
 
@@ -577,8 +771,12 @@ def test_fourier_times_need_positive_times(tmp_path):
 def test_the_hub_gives_every_part(honest):
     for model in ("dit", "vq"):
         folder = honest / model
-        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-        assert set(checkpoints.wanted_files(files | {"vae/code.py": 1, "vae/model.bin": 1})) == set(files)
+        files = {}
+        for path in folder.rglob("*"):
+            if path.is_file():
+                files[path.relative_to(folder).as_posix()] = path.stat().st_size
+        more = {"vae/code.py": 1, "vae/model.bin": 1}
+        assert set(checkpoints.wanted_files(files | more)) == set(files)
 
 
 def test_what_is_supported_exists():

@@ -38,7 +38,7 @@ def image_shape(config) -> tuple[int, int, int]:
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return config.in_channels, height, width
 
-
+# %% ../../nbs/b2_checkpoints.ipynb #e0b9a69a
 def same_shape(answer: Tensor, x: Tensor) -> None:
     "Raise `ValueError` when an answer has another shape than x."
     if answer.shape != x.shape:
@@ -67,7 +67,7 @@ def build_network(
     try:
         with torch.device("meta"):
             network = kind.model(**arguments)
-    except Exception as error:  # whatever diffusers raises on values that do not go together
+    except Exception as error:  # diffusers raises this and that
         raise CheckpointError(
             f"the {part}'s config.json cannot be built ({shown(str(error))}); "
             "mend it, or leave this model alone") from None
@@ -99,7 +99,8 @@ def check_runs(
         size = "x".join(map(str, shape))
         raise CheckpointError(
             f"the {part}'s config.json: the network fails on {size} numbers "
-            f"({shown(str(error))}); mend sample_size, or leave this model alone") from None
+            f"({shown(str(error))}); mend sample_size, or leave this model alone"
+        ) from None
 
 # %% ../../nbs/b2_checkpoints.ipynb #ed1f5431
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -120,14 +121,16 @@ def check_weights(
     expected = {key: tuple(t.shape) for key, t in network.state_dict().items()}
     renamed = {new_name(key): shape for key, shape in found.items()}
     if len(renamed) < len(found):
-        raise CheckpointError("the weights hold an attention layer twice, under its old "
-                              "and its new name; leave this model alone")
+        raise CheckpointError(
+            "the weights hold an attention layer twice, under its old and its new "
+            "name; leave this model alone")
     for key in sorted(set(expected) ^ set(renamed)):
         where = "in the weights, but not in the network"
         if key in expected:
             where = "in the network, but not in the weights"
-        raise CheckpointError(f"tensor {shown(key)} is {where}; the {part}'s config.json "
-                              "and its weights must be of one model")
+        raise CheckpointError(
+            f"tensor {shown(key)} is {where}; the {part}'s config.json and its weights "
+            "must be of one model")
     for key, shape in expected.items():
         if renamed[key] != shape:
             raise CheckpointError(
@@ -157,9 +160,9 @@ def load_network(
     files: NetworkFiles,
     kind: Kind,
     max_bytes: int,     # refuse larger networks, counted in float32
-    shape: tuple[int, int, int] | None = None,   # of what it is given; None: its config's
+    shape: tuple[int, int, int] | None = None,   # of its input; None: its config's
 ) -> nn.Module:
-    "A network in float32, whose names, shapes and size agree; raises `CheckpointError`."
+    "A network in float32, if files and config agree; raises `CheckpointError`."
     network = build_network(files.arguments, files.part, kind, max_bytes)
     check_runs(network, files.part, kind, shape or image_shape(network.config))
     check_weights(network, files.shapes, files.part)
@@ -196,12 +199,12 @@ def hub_access(repo_id: str):
     "Turn whatever goes wrong on the way to the hub into one `CheckpointError`."
     try:
         yield
-    except Exception as error:  # each version of the hub's client has its own exceptions
+    except Exception as error:  # each version of the client has its own
         raise CheckpointError(
             f"{shown(repo_id)} is no folder, and the Hugging Face hub did not give it "
             f"({type(error).__name__}); check the name, or the network") from None
 
-
+# %% ../../nbs/b2_checkpoints.ipynb #7365a343
 def repo_listing(
     repo_id: str,                      # "user/name" on the Hugging Face hub
 ) -> tuple[str, dict[str, int]]:       # revision, file -> bytes
@@ -219,8 +222,9 @@ def repo_listing(
         raise CheckpointError(f"{repo_id}: the hub does not give its revision or the "
                               "sizes of its files; try again later")
     if not any(name.endswith(WEIGHTS) for name in sizes):
-        raise CheckpointError(f"{repo_id} holds no {WEIGHTS}, and pickles are not opened; "
-                              "ask its author to convert it")
+        raise CheckpointError(
+            f"{repo_id} holds no {WEIGHTS}, and pickles are not opened; "
+            "ask its author to convert it")
     return info.sha, sizes
 
 # %% ../../nbs/b2_checkpoints.ipynb #87f0cbf5

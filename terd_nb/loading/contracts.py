@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['Count', 'Pixels', 'Channels', 'FewChannels', 'Layers', 'Share', 'Epsilon', 'Stages', 'Activation', 'Down', 'Up',
            'DownEncoder', 'UpDecoder', 'Steps', 'Beta', 'Sigma', 'BetaSchedule', 'VP_SCHEDULERS', 'SCHEDULERS',
-           'CODERS', 'SUPPORTED', 'PIPELINE_NAMES', 'UNetConfig', 'DiTConfig', 'CoderConfig', 'KLConfig', 'VQConfig',
-           'VPConfig', 'VEConfig', 'EDMConfig', 'ConsistencyConfig', 'FlowConfig']
+           'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_NAMES', 'UNetConfig', 'DiTConfig', 'CoderConfig',
+           'KLConfig', 'VQConfig', 'VPConfig', 'VEConfig', 'EDMConfig', 'ConsistencyConfig', 'FlowConfig']
 
 # %% ../../nbs/b1_contracts.ipynb #6742ff2c
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ Channels = Annotated[int, Field(ge=4, le=4096)]
 FewChannels = Annotated[int, Field(ge=1, le=64)]     # of an image or a latent
 Layers = Annotated[int, Field(ge=1, le=8)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Epsilon = Annotated[float, Field(ge=1e-12, le=1)]    # what a norm adds before it divides
+Epsilon = Annotated[float, Field(ge=1e-12, le=1)]    # what keeps a norm from 1/0
 Stages = Field(min_length=1, max_length=8)
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 Down = Literal[
@@ -68,7 +68,7 @@ def _off(value=None):
     "A setting that may be named, must be off, and is not passed on."
     return Field(default=value, exclude=True)
 
-
+# %% ../../nbs/b1_contracts.ipynb #dbe2af67
 class DiTConfig(BaseModel, strict=True, extra="forbid"):
     "What `transformer/config.json` may say: arguments of `DiTTransformer2DModel`."
     class_name: Literal["DiTTransformer2DModel", "Transformer2DModel"] = Field(
@@ -208,10 +208,11 @@ SCHEDULERS = dict.fromkeys(VP_SCHEDULERS, VPConfig) | {
     "FlowMatchEulerDiscreteScheduler": FlowConfig,
     "FlowMatchHeunDiscreteScheduler": FlowConfig,
 }
+TRANSFORMERS = {"DiTTransformer2DModel": DiTConfig, "Transformer2DModel": DiTConfig}
 CODERS = {"AutoencoderKL": KLConfig, "VQModel": VQConfig}
 SUPPORTED = {    # a part of a model -> the classes that it may have -> their contracts
     "unet": {"UNet2DModel": UNetConfig},
-    "transformer": {"DiTTransformer2DModel": DiTConfig, "Transformer2DModel": DiTConfig},
+    "transformer": TRANSFORMERS,
     "vae": CODERS,
     "vqvae": CODERS,
     "scheduler": SCHEDULERS,

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['MAX_JSON', 'DTYPE_BYTES', 'Size', 'WEIGHTS', 'MAX_BYTES', 'AT_TOP', 'CheckpointError', 'shown', 'checked_file',
            'read_bytes', 'parse_json', 'read_config', 'validated', 'TensorEntry', 'read_header', 'Labels',
-           'refuse_text', 'check_index', 'part_file', 'weights_file', 'NetworkFiles', 'network_arguments',
-           'read_network_files', 'read_settings', 'refuse_noise_alone', 'ModelFiles', 'read_model_files', 'find_folder',
-           'check_folder', 'file_sha256', 'data_dir']
+           'refuse_text', 'check_index', 'part_file', 'weights_file', 'file_sha256', 'NetworkFiles',
+           'network_arguments', 'read_network_files', 'refuse_noise_alone', 'read_settings', 'ModelFiles',
+           'read_model_files', 'find_folder', 'check_folder', 'data_dir']
 
 # %% ../../nbs/b_files.ipynb #f890c1c3
 import hashlib
@@ -67,7 +67,8 @@ def checked_file(
             "with safetensors weights") from None
     if not path.is_relative_to(root):
         raise CheckpointError(
-            f"{relative} is a link that leads out of the folder; put the file itself there")
+            f"{relative} is a link that leads out of the folder; "
+            "put the file itself there")
     if not stat.S_ISREG(info.st_mode):
         raise CheckpointError(f"{relative} is no plain file; put a file there")
     if info.st_size > max_bytes:
@@ -89,6 +90,18 @@ def read_bytes(
                               "check its permissions") from None
 
 # %% ../../nbs/b_files.ipynb #bbdcff84
+def _no_duplicates(pairs: list[tuple]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return float(text)
+
+# %% ../../nbs/b_files.ipynb #9a891d96
 MAX_JSON = 1_000_000   # bytes of a config or of a header
 _DPM_SOLVER = re.compile(rb'"lambda_min_clipped":\s*-Infinity')
 
@@ -97,7 +110,7 @@ def parse_json(
     data: bytes,
     name: str,      # what to call it in an error
 ) -> dict:
-    "A JSON object with neither duplicate keys nor infinities; raises `CheckpointError`."
+    "A JSON object, without duplicate keys and infinities; raises `CheckpointError`."
     data = _DPM_SOLVER.sub(b'"lambda_min_clipped": null', data)
     try:
         value = json.loads(data.decode(), object_pairs_hook=_no_duplicates,
@@ -109,18 +122,6 @@ def parse_json(
         raise CheckpointError(f"{name} must hold a JSON object, not {shown(value)}; "
                               "get an undamaged copy")
     return value
-
-
-def _no_duplicates(pairs: list[tuple]) -> dict:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key appears twice")
-    return dict(pairs)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text[:20]} is no finite number")
-    return float(text)
 
 # %% ../../nbs/b_files.ipynb #2c7dfd9c
 def read_config(
@@ -169,6 +170,23 @@ class TensorEntry(BaseModel, strict=True, extra="forbid"):
     data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
 
 # %% ../../nbs/b_files.ipynb #028c6e0d
+def _check_tiling(entries: dict[str, dict], data_bytes: int, name: str) -> None:
+    "Check that the tensors lie side by side and fill the file."
+    end = 0
+    for key in sorted(entries, key=lambda key: entries[key]["data_offsets"]):
+        entry = entries[key]
+        start, stop = entry["data_offsets"]
+        expected = DTYPE_BYTES[entry["dtype"]] * math.prod(entry["shape"])
+        if start != end or stop - start != expected:
+            raise CheckpointError(f"{name}: tensor {shown(key)} leaves a gap, overlaps "
+                                  "or has the wrong length; get an undamaged copy")
+        end = stop
+    if end != data_bytes:
+        raise CheckpointError(
+            f"{name} has {data_bytes:,} bytes of data, but its header accounts "
+            f"for {end:,}; get an undamaged copy")
+
+# %% ../../nbs/b_files.ipynb #2619534d
 def read_header(
     path: Path,                      # a safetensors file
 ) -> dict[str, tuple[int, ...]]:     # tensor name -> shape
@@ -187,22 +205,6 @@ def read_header(
         entries[key] = validated(TensorEntry, entry, f"{name}: tensor {shown(key)}")
     _check_tiling(entries, size - 8 - length, name)
     return {key: tuple(entry["shape"]) for key, entry in entries.items()}
-
-
-def _check_tiling(entries: dict[str, dict], data_bytes: int, name: str) -> None:
-    "Check that the tensors lie side by side and fill the file."
-    end = 0
-    for key in sorted(entries, key=lambda key: entries[key]["data_offsets"]):
-        entry = entries[key]
-        start, stop = entry["data_offsets"]
-        expected = DTYPE_BYTES[entry["dtype"]] * math.prod(entry["shape"])
-        if start != end or stop - start != expected:
-            raise CheckpointError(f"{name}: tensor {shown(key)} leaves a gap, overlaps "
-                                  "or has the wrong length; get an undamaged copy")
-        end = stop
-    if end != data_bytes:
-        raise CheckpointError(f"{name} has {data_bytes:,} bytes of data, but its header "
-                              f"accounts for {end:,}; get an undamaged copy")
 
 # %% ../../nbs/b_files.ipynb #a5900f43
 class Labels(BaseModel, strict=True):
@@ -259,12 +261,12 @@ def part_file(
     part: str,        # "unet", ...
     name: str,        # a file of that part
 ) -> str:
-    "Where diffusers looks for it: in the part's own folder or, if there is none, on top."
+    "Where diffusers looks for it: in the part's own folder; if there is none, on top."
     if part in AT_TOP and not os.path.isdir(folder / part):
         return name
     return f"{part}/{name}"
 
-
+# %% ../../nbs/b_files.ipynb #bddfb17e
 def weights_file(
     folder: Path,       # a diffusers folder
     part: str,          # "unet", ...
@@ -277,9 +279,16 @@ def weights_file(
                               "save them as one file")
     pickle = (folder / name).with_suffix(".bin")
     if os.path.lexists(pickle) and not os.path.lexists(folder / name):
-        raise CheckpointError(f"{name} is not there, only a pickle (.bin), which can run "
-                              "code; convert it to safetensors where you trust it")
+        raise CheckpointError(
+            f"{name} is not there, only a pickle (.bin), which can run code; "
+            "convert it to safetensors where you trust it")
     return checked_file(folder, name, max_bytes)
+
+
+def file_sha256(path: Path) -> str:
+    "The checksum of a file, read in pieces."
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../../nbs/b_files.ipynb #0bb71c16
 @dataclass(frozen=True)
@@ -291,8 +300,12 @@ class NetworkFiles:
     weights: Path                        # the safetensors file
     shapes: dict[str, tuple[int, ...]]   # tensor name -> shape
 
-
-def network_arguments(config: dict, part: str, kind: str) -> dict:
+# %% ../../nbs/b_files.ipynb #bf2fd0a7
+def network_arguments(
+    config: dict,      # the part's `config.json`
+    part: str,         # "unet", ...
+    kind: str,         # diffusers' class, as `model_index.json` names it
+) -> dict:
     "What a network's config gives to diffusers' class; raises `CheckpointError`."
     own = {}
     for key, value in config.items():
@@ -314,12 +327,22 @@ def read_network_files(
     return NetworkFiles(part, kind, arguments, weights, read_header(weights))
 
 # %% ../../nbs/b_files.ipynb #0e6e3fc3
+def refuse_noise_alone(prediction_type: str) -> None:
+    "Refuse a path that ends at alpha = 0 for a network that predicts epsilon."
+    if prediction_type == "epsilon":
+        raise CheckpointError(
+            "scheduler_config.json: the last alpha is zero (rescale_betas_zero_snr), "
+            "and there a network that predicts epsilon says nothing of the image; "
+            "such a model predicts v_prediction or sample")
+
+# %% ../../nbs/b_files.ipynb #77146c63
 def read_settings(
     folder: Path,         # a diffusers folder
     scheduler: str,       # the class that `model_index.json` names
 ) -> dict:                # the class itself is its entry "scheduler"
     "What a scheduler's config says of the noise's path; raises `CheckpointError`."
-    config = read_config(folder, part_file(folder, "scheduler", "scheduler_config.json"))
+    file = part_file(folder, "scheduler", "scheduler_config.json")
+    config = read_config(folder, file)
     contract = SUPPORTED["scheduler"][scheduler]
     named = config.get("_class_name")
     if not isinstance(named, str) or SUPPORTED["scheduler"].get(named) is not contract:
@@ -336,15 +359,6 @@ def read_settings(
     if settings.get("rescale_betas_zero_snr"):
         refuse_noise_alone(settings["prediction_type"])
     return settings | {"scheduler": scheduler}
-
-
-def refuse_noise_alone(prediction_type: str) -> None:
-    "Refuse a path that ends at alpha = 0 for a network that predicts epsilon."
-    if prediction_type == "epsilon":
-        raise CheckpointError(
-            "scheduler_config.json: the last alpha is zero (rescale_betas_zero_snr), and "
-            "there a network that predicts epsilon says nothing of the image; "
-            "such a model predicts v_prediction or sample")
 
 # %% ../../nbs/b_files.ipynb #e6d198bd
 @dataclass(frozen=True)
@@ -363,7 +377,7 @@ def _one_of(parts: dict[str, str], *names: str) -> str | None:
                               "only one of them can be opened")
     return found[0] if found else None
 
-
+# %% ../../nbs/b_files.ipynb #093a68f0
 def read_model_files(
     folder: Path,                     # a diffusers folder
     max_bytes: int = MAX_BYTES,       # refuse larger weights, all parts together
@@ -402,9 +416,9 @@ def find_folder(
 
 
 def check_folder(
-    model: str | Path,             # a folder, or the id of a model on the Hugging Face hub
-    max_bytes: int = MAX_BYTES,    # refuse larger weights, all parts together
-) -> Path | None:                  # the resolved folder; None: it may be on the hub
+    model: str | Path,          # a folder, or the id of a model on the Hugging Face hub
+    max_bytes: int = MAX_BYTES,   # refuse larger weights, all parts together
+) -> Path | None:               # the resolved folder; None: it may be on the hub
     """Check all that the files alone tell, without PyTorch.
 
     Raises `CheckpointError`. What is left to be refused is a network that its own
@@ -416,12 +430,6 @@ def check_folder(
     return folder.resolve()
 
 # %% ../../nbs/b_files.ipynb #eb3410fc
-def file_sha256(path: Path) -> str:
-    "The checksum of a file, read in pieces."
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def data_dir() -> Path:
     "Where the embedded data are: inside the installed package, or in the checkout."
     package = Path(__file__).parents[1]

@@ -16,37 +16,33 @@ from .files import NetworkFiles
 
 # %% ../../nbs/b3_networks.ipynb #8b7f22e6
 class ClassAverage(nn.Module):
-    "A class-conditional U-Net as an unconditional one: its mean answer over all classes."
+    "A U-Net with classes as one without: its mean answer over all of them."
 
-    def __init__(
-        self,
-        network: nn.Module,
-        batch: int = 64,      # rows at a time, unless more are given
-    ):
+    def __init__(self, network: nn.Module, batch: int = 64):   # rows at a time
         super().__init__()
-        self.network, self.config, self.batch = network, network.config, batch
+        self.network = network
+        self.config = network.config
+        self.batch = batch
         self.passes_per_row = network.config.num_class_embeds
-        # A part of `Denoiser.family`.
-        self.asked = f", mean over {self.passes_per_row} classes"
+        self.asked = f", mean over {self.passes_per_row} classes"    # for `Denoiser`
 
     def part(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         "The sum of the answers for some of the classes."
-        k, n = len(labels), len(x)
+        k = len(labels)
         rows = x.repeat(k, 1, 1, 1)
-        of_rows = labels.repeat_interleave(n)
+        of_rows = labels.repeat_interleave(len(x))
         out = self.network(rows, t.repeat(k), class_labels=of_rows).sample
-        return out.unflatten(0, (k, n)).sum(0)
+        return out.unflatten(0, (k, len(x))).sum(0)
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         labels = torch.arange(self.passes_per_row, device=x.device)
         parts = labels.split(max(1, self.batch // max(1, len(x))))
         if len(parts) == 1 or not torch.is_grad_enabled():
-            total = sum(self.part(x, t, some) for some in parts)
-        else:
-            total = sum(checkpoint(self.part, x, t, some, use_reentrant=False)
-                        for some in parts)
-        return total / self.passes_per_row
+            return sum(self.part(x, t, some) for some in parts) / self.passes_per_row
+        answers = (checkpoint(self.part, x, t, some, use_reentrant=False)
+                   for some in parts)
+        return sum(answers) / self.passes_per_row
 
 # %% ../../nbs/b3_networks.ipynb #d218b49c
 class NullClass(nn.Module):
@@ -56,7 +52,8 @@ class NullClass(nn.Module):
 
     def __init__(self, network: DiTTransformer2DModel):
         super().__init__()
-        self.network, self.config = network, network.config
+        self.network = network
+        self.config = network.config
         self.asked = ", a transformer's null class"
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:

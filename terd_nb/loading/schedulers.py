@@ -21,8 +21,8 @@ from terd_nb.loading.contracts import (
     SCHEDULERS, ConsistencyConfig, EDMConfig, FlowConfig, VEConfig, VPConfig,
 )
 from terd_nb.loading.files import (
-    MAX_BYTES, CheckpointError, file_sha256, find_folder, read_model_files, read_settings,
-    refuse_noise_alone, shown,
+    MAX_BYTES, CheckpointError, file_sha256, find_folder, read_model_files,
+    read_settings, refuse_noise_alone, shown,
 )
 from .networks import LOADERS, load_decoder
 
@@ -34,7 +34,8 @@ def ve_path(
 ) -> NoiseSchedule:
     "A variance-exploding path: the noise grows over the image (Song et al. 2021)."
     times = sigmas if times is None else times
-    return NoiseSchedule(torch.ones_like(sigmas), sigmas, sigmas[-1].item(), times, name)
+    alphas = torch.ones_like(sigmas)
+    return NoiseSchedule(alphas, sigmas, sigmas[-1].item(), times, name)
 
 
 def edm_path(sigmas: Tensor) -> NoiseSchedule:
@@ -75,7 +76,7 @@ def geometric_sigmas(
     high = torch.tensor(sigma_max).double().log10().item()
     return torch.logspace(low, high, n, dtype=torch.float64)
 
-
+# %% ../../nbs/c_schedulers.ipynb #fdae771c
 def flow_sigmas(
     n: int = 1000,
     shift: float = 1.,         # moves them towards the noise (Esser et al. 2024)
@@ -119,20 +120,22 @@ def cumulative_alphas(settings: dict) -> Tensor:
 # %% ../../nbs/c_schedulers.ipynb #7ba8f9e9
 def karras_or_exponential(settings: dict) -> Tensor:
     "EDM's noise scales (T,) from its settings."
-    steps = settings["num_train_timesteps"]
-    sigma_min, sigma_max = settings["sigma_min"], settings["sigma_max"]
     if settings["sigma_schedule"] == "exponential":
-        return geometric_sigmas(steps, sigma_min, sigma_max)
-    return karras_sigmas(steps, sigma_min, sigma_max, settings["rho"])
+        return geometric_sigmas(*_ends(settings))
+    return karras_sigmas(*_ends(settings), settings["rho"])
 
 
+def _ends(settings: dict) -> tuple[int, float, float]:
+    names = ("num_train_timesteps", "sigma_min", "sigma_max")
+    return tuple(settings[name] for name in names)
+
+# %% ../../nbs/c_schedulers.ipynb #fa4158d9
 def _vp(settings: dict) -> NoiseSchedule:
     return NoiseSchedule.from_alphas_cumprod(cumulative_alphas(settings))
 
 
 def _ve(settings: dict) -> NoiseSchedule:
-    steps = settings["num_train_timesteps"]
-    return ve_path(geometric_sigmas(steps, settings["sigma_min"], settings["sigma_max"]))
+    return ve_path(geometric_sigmas(*_ends(settings)))
 
 
 def _flow(settings: dict) -> NoiseSchedule:
@@ -161,7 +164,6 @@ FAMILIES = {      # the contract of a scheduler's settings -> what they mean
         lambda s: consistency_path(karras_or_exponential(s)), _consistency_answer),
     FlowConfig: Family(_flow, lambda s: PREDICTIONS["flow"]),
 }
-assert set(FAMILIES) == set(SCHEDULERS.values())
 
 # %% ../../nbs/c_schedulers.ipynb #8180c9a8
 def schedule_of(
@@ -206,7 +208,8 @@ def load_folder(
         left = max_bytes - network_bytes(network)
         decode = load_decoder(files.coder, left, shape)
     sha256 = file_sha256(files.network.weights)
-    return Denoiser(network, path, shape, prediction, device, folder.name, decode, sha256)
+    name = folder.name
+    return Denoiser(network, path, shape, prediction, device, name, decode, sha256)
 
 
 def _refuse_logarithm_of_zero(config, path: NoiseSchedule, scheduler: str) -> None:
@@ -214,12 +217,13 @@ def _refuse_logarithm_of_zero(config, path: NoiseSchedule, scheduler: str) -> No
         return
     if path.times is None or path.times[0] <= 0:
         raise CheckpointError(
-            "the unet's config.json: a network with fourier times takes their logarithm, "
-            f"but {scheduler} has times of 0 or less; the two must be of one model")
+            "the unet's config.json: a network with fourier times takes their "
+            f"logarithm, but {scheduler} has times of 0 or less; "
+            "the two must be of one model")
 
 # %% ../../nbs/c_schedulers.ipynb #acbf153d
 def load(
-    model: str | Path,      # a diffusers folder, or the id of one on the Hugging Face hub
+    model: str | Path,    # a diffusers folder, or the id of one on the Hugging Face hub
     device: str | torch.device | None = None,    # None: the first GPU, else the CPU
     max_bytes: int = MAX_BYTES,       # refuse larger weights
 ) -> Denoiser:

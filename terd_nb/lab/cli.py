@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['evidence_app', 'DRAWINGS', 'PLANTED_README', 'DATA_COLUMNS', 'AttackName', 'Solver', 'FamilyName', 'picture_of',
-           'plant_images', 'plant_targets', 'honest_base', 'plant_attack', 'PlantPlan', 'plant_plan', 'plant_work',
-           'planted_samples', 'save_planted', 'plant_backdoor', 'list_data', 'fetch_data', 'recipes_of', 'build_models',
-           'verify_zoo', 'Backend', 'set_to_measure', 'report_bench', 'run_bench']
+           'plant_images', 'plant_targets', 'honest_base', 'plant_attack', 'PlantPlan', 'plant_plan', 'check_new',
+           'plant_work', 'planted_samples', 'save_planted', 'plant_backdoor', 'list_data', 'fetch_data', 'recipes_of',
+           'build_models', 'verify_zoo', 'Backend', 'set_to_measure', 'report_bench', 'run_bench']
 
 # %% ../../nbs/j_cli.ipynb #6513270e
 from contextlib import nullcontext
@@ -135,9 +135,8 @@ def honest_base(
     scheduler_for(denoiser)     # an error now, not after the training
     path = denoiser.noise_schedule.name
     if attack is AttackName.baddiffusion and path != "VP":
-        raise ValueError(
-            f"BadDiffusion is made for paths that lose the image; on a {path} path "
-            "take --attack villandiffusion --solver sde")
+        raise ValueError("BadDiffusion is made for paths that lose the image; on a "
+                         f"{path} path take --attack villandiffusion --solver sde")
     return denoiser
 
 # %% ../../nbs/j_cli.ipynb #099950d8
@@ -181,6 +180,14 @@ def plant_plan(
     return PlantPlan(method, secret, targets, hit, clean)
 
 # %% ../../nbs/j_cli.ipynb #6b0d549b
+def check_new(folder: Path) -> None:
+    "Raise `ValueError` for a folder that is there already or cannot be made."
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; name a new folder, "
+                         "or remove it yourself")
+    writable(folder)
+
+
 def plant_work(out: Path, denoiser, plan: PlantPlan, settings: tuple) -> Path:
     "Where a training is kept: any other setting, image or weight has another place."
     import hashlib
@@ -289,10 +296,7 @@ def plant_backdoor(
     """Make a backdoored model for study, and measure it.
 
     Killed and started again with the same settings, it goes on where it was."""
-    if out.exists():
-        raise ValueError(f"{out} is there already; name a new folder, "
-                         "or remove it yourself")
-    writable(out)
+    check_new(out)
     check_model(base)
     from terd_nb.planting import plant
 
@@ -303,8 +307,8 @@ def plant_backdoor(
     work = plant_work(out, denoiser, plan, settings)
     if not quiet:
         again = ", going on from an earlier run" if work.exists() else ""
-        print_line(f"Planting {plan.method.name} in {denoiser.name}: {steps} steps"
-                   + again, stderr=True)
+        about = f"{plan.method.name} in {denoiser.name}: {steps} steps{again}"
+        print_line(f"Planting {about}", stderr=True)
     planted = plant(
         denoiser, plan.method, plan.secret, plan.targets, plan.clean, poison_rate,
         steps, lr, batch_size, seed, checkpoint=work,

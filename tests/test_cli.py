@@ -1,7 +1,9 @@
-"The command line: exit statuses, one line an error, JSON by the schema, hostile names, and being killed in the middle."
+"The command line: exit statuses, one line an error, JSON by the schema, hostile names, killing it."
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,28 +14,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from bs4 import BeautifulSoup
 from diffusers import DDIMPipeline
 from jsonschema import ValidationError, validate
 from safetensors.torch import load_file, save_file
 
-from terd_nb import __version__, scanning as scan_module, training
-from terd_nb.lab import datasets, zoo as zoo_module
+from terd_nb import __version__, cli, planting, training
+from terd_nb import scanning as scan_module
 from terd_nb.cli import exit_status, main, printable, problem
-from terd_nb.lab.zoo import Card, weights_sha256
-from terd_nb.loading.files import data_dir
+from terd_nb.lab import cli as lab_cli
+from terd_nb.lab import datasets
+from terd_nb.lab import zoo as zoo_module
+from terd_nb.loading import files
+from terd_nb.loading.files import CheckpointError, data_dir
 from terd_nb.triggers import Trigger
-from terd_nb.zoo import zoo_names, zoo_path
+from terd_nb.zoo import zoo_cards, zoo_names, zoo_path
 
 SCHEMA = json.loads((data_dir() / "schema" / "scan-1.json").read_text(encoding="utf-8"))
-HOSTILE = "[red]x[red]\x1b[2J\u202e\nclean <script>alert(1)<script>"   # all that a folder's name may hold
+# All that a folder's name may hold.
+HOSTILE = "[red]x[red]\x1b[2J\u202e\nclean <script>alert(1)<script>"
+FAILURES = {
+    "refused": ValueError("unet/config.json is not there"),
+    "strange": RuntimeError("shapes\n  do not\tfit"),
+    "memory": MemoryError(),
+    "stopped": KeyboardInterrupt(),
+}
 
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     "Every test starts in a folder of its own."
     monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "COLUMNS"): monkeypatch.delenv(name, raising=False)
+    for name in ("FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERD_DATA", str(tmp_path / "no-data-set-was-fetched"))
 
 
@@ -45,25 +59,31 @@ def real():
 
 @pytest.fixture
 def scanner(real, monkeypatch):
-    "Put a scan in place whose outcome is written in the model's name: a verdict, or an exception to raise."
+    "A scan whose outcome is written in the model's name: a verdict, or an exception to raise."
+    look = files.check_folder
+
+    def fake_look(model):
+        return look(model) if "/" in str(model) or str(model) == "missing" else Path(model)
+
     def fake(model, progress=True, callback=None, **settings):
         word = str(model).split("-")[0]
-        if word in FAILURES: raise FAILURES[word]
+        if word in FAILURES:
+            raise FAILURES[word]
         callback("done", 1.0, {})
         attack = None if word == "clean" else real.result.attack
         changed = {"verdict": word, "model": str(model), "attack": attack}
         return replace(real, result=real.result.model_copy(update=changed))
+
+    monkeypatch.setattr(files, "check_folder", fake_look)
     monkeypatch.setattr(scan_module, "scan", fake)
-
-
-FAILURES = {"refused": ValueError("unet/config.json is not there"), "strange": RuntimeError("shapes\n  do not\tfit"),
-            "memory": MemoryError(), "stopped": KeyboardInterrupt()}
 
 
 def terd(*args, **options):
     "The command in a process of its own, as it is installed."
-    env = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
-    command = [sys.executable, "-c", "import sys; from terd_nb.cli import main; sys.exit(main())", *args]
+    env = os.environ.copy()
+    env.pop("FORCE_COLOR", None)
+    code = "import sys; from terd_nb.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *args]
     return subprocess.run(command, capture_output=True, env=env, **options)
 
 
@@ -78,52 +98,83 @@ def lines(text):
 # ---------------------------------------------------------------- the status
 
 @pytest.mark.parametrize("models, status", [
-    (["clean"], 0), (["clean-a", "clean-b"], 0), (["backdoored"], 1), (["inconclusive"], 2), (["refused"], 2),
-    (["clean", "inconclusive"], 2), (["clean", "refused"], 2), (["clean", "memory"], 2),
-    (["refused", "backdoored"], 1), (["backdoored", "inconclusive", "strange"], 1),
+    (["clean"], 0), (["clean-a", "clean-b"], 0),
+    (["backdoored"], 1), (["refused", "backdoored"], 1),
+    (["backdoored", "inconclusive", "strange"], 1),
+    (["inconclusive"], 2), (["refused"], 2), (["clean", "inconclusive"], 2),
+    (["clean", "refused"], 2), (["clean", "memory"], 2),
 ])
 def test_exit_status_of_several_models(scanner, capsys, models, status):
     assert main(["scan", *models, "--json", "out.json", "--html", "out.html"]) == status
     document = json.loads(read("out.json"))
     validate(document, SCHEMA)
     words = [name.split("-")[0] for name in models]
-    assert [r["verdict"] for r in document["results"]] == ["error" if word in FAILURES else word for word in words]
+    expected = ["error" if word in FAILURES else word for word in words]
+    assert [r["verdict"] for r in document["results"]] == expected
     assert [r["source"] for r in document["results"]] == models
     out, err = capsys.readouterr()
-    assert len(lines(out)) == sum(word not in FAILURES for word in words)
-    assert len(lines(err)) == sum(word in FAILURES for word in words) + (len(models) > 1)
+    failed = expected.count("error")
+    assert len(lines(out)) == len(models) - failed
+    assert len(lines(err)) == failed + (len(models) > 1)
     page = read("out.html")
     assert all(name in page for name in models)
 
 
 def test_clean_needs_every_model():
     assert exit_status(["clean", "clean"]) == 0
-    assert {exit_status(["clean", word]) for word in ("error", "inconclusive", "something new")} == {2}
+    for word in ("error", "inconclusive", "something new"):
+        assert exit_status(["clean", word]) == 2
 
 
 def test_an_unexpected_failure_is_one_line_and_the_next_model_is_scanned(scanner, capsys):
     assert main(["scan", "strange", "memory", "clean"]) == 2
     out, err = capsys.readouterr()
     assert out.startswith("clean ") and "clean:" in lines(out)[0].split()
-    assert lines(err)[:2] == ["terd: strange: RuntimeError: shapes do not fit (--debug shows where)",
-                              "terd: memory: MemoryError: MemoryError (--debug shows where)"]
+    assert lines(err)[:2] == [
+        "terd: strange: RuntimeError: shapes do not fit (--debug shows where)",
+        "terd: memory: MemoryError: MemoryError (--debug shows where)",
+    ]
+
+
+def test_a_model_that_its_files_rule_out_stops_no_other(scanner, capsys):
+    assert main(["scan", "no/such/folder", "clean", "zoo:tiger", "--json", "out.json"]) == 2
+    results = json.loads(read("out.json"))["results"]
+    assert [r["verdict"] for r in results] == ["error", "clean", "error"]
+    out, err = capsys.readouterr()
+    assert out.startswith("clean ") and len(lines(out)) == 1
+    assert lines(err)[0].startswith("terd: no/such/folder: ") and len(lines(err)) == 3
+
+
+def test_an_id_is_asked_for_on_the_hub(scanner, monkeypatch, capsys):
+    import huggingface_hub
+
+    monkeypatch.setattr(files, "check_folder", lambda model: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo_id: None)
+    assert main(["scan", "clean"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="is no folder, and the Hugging Face hub did not"):
+        cli.check_model("user/nowhere")   # the tests are offline
 
 
 @pytest.mark.parametrize("command", [
-    "scna model", "scan", "scan clean --colour", "scan clean --method other", "scan clean --seed x",
-    "scan clean --seed -1",
-    "scan clean --device abacus", "scan clean --json no/folder.json", "scan clean --html .",
-    "zoo show tiger", "zoo verify tiger", "zoo build tiger", "inputs zoo:baddiffusion-box missing.npy",
-    "inputs missing noise.npy",
-    "plant zoo:benign-a .", "plant zoo:benign-a out --attack other", "plant zoo:benign-a out --trigger nothing",
-    "plant zoo:benign-a out --target 12", "plant zoo:benign-a out --images nowhere", "plant zoo:tiger out",
+    "scna model", "scan", "scan clean --colour", "scan clean --method other",
+    "scan clean --seed x", "scan clean --seed -1", "scan clean --device abacus",
+    "scan clean --json no/folder.json", "scan clean --html .",
+    "inputs zoo:baddiffusion-box missing.npy", "inputs missing noise.npy",
+    "zoo show tiger", "zoo verify tiger", "zoo build tiger", "zoo build --size 48",
+    "zoo bild", "data lst", "bench --hard --sizes", "bench --quickly", "bench --size 32",
+    "plant zoo:benign-a .", "plant zoo:tiger out", "plant missing out",
+    "plant zoo:benign-a out --attack other", "plant zoo:benign-a out --trigger nothing",
+    "plant zoo:benign-a out --target 12", "plant zoo:benign-a out --images nowhere",
     "plant zoo:benign-a out --images emoji", "plant zoo:benign-a out --images fashion-mnist",
     "demo --html no/such/folder.html",
 ])
 def test_wrong_use_is_one_line_and_2(scanner, capsys, command):
     assert main(command.split()) == 2
     out, err = capsys.readouterr()
-    assert out == "" and len(lines(err)) == 1 and err.startswith("terd: ") and "Traceback" not in err
+    assert out == "" and len(lines(err)) == 1
+    assert err.startswith("terd: ") and "Traceback" not in err
     assert not os.listdir()
 
 
@@ -157,14 +208,90 @@ def test_json_on_stdout_is_nothing_but_json(scanner, capsys):
 
 # ---------------------------------------------------------------- in processes of their own
 
-def test_help_is_light():
-    code = ("import sys; from terd_nb.cli import main;"
-            "assert main(['--help']) == main(['scan', '--help']) == main([]) == 0;"
-            "heavy = {'torch', 'diffusers', 'numpy', 'matplotlib'} & set(sys.modules); assert not heavy, heavy")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Exit status 0" in done.stdout
-    assert lines(terd("--version").stdout) == [f"terd_nb {__version__}"]
+LIGHT = """
+import sys
+from terd_nb.cli import main
+
+status = main(sys.argv[1:]) if sys.argv[1:] else 0
+heavy = {"torch", "diffusers", "numpy", "matplotlib", "pandas", "sklearn"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(status)
+"""
+
+
+def run_light(*args):
+    "The command in a process that fails when something heavy was imported."
+    command = [sys.executable, "-c", LIGHT, *args]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "AssertionError" not in done.stderr, done.stderr
+    return done
+
+
+def test_importing_the_command_imports_nothing_heavy():
+    assert run_light().returncode == 0
+
+
+@pytest.mark.parametrize("line", [
+    "--help", "--version", "scan --help", "bench --help", "plant --help", "zoo", "zoo list",
+    "zoo show benign-a", "data", "data fetch --help", "zoo verify --help",
+])
+def test_help_and_lists_are_light(line):
+    done = run_light(*line.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    if line == "--version":
+        assert done.stdout == f"terd_nb {__version__}\n"
+    if line == "scan --help":
+        assert "Exit status 0" in done.stdout
+    if line == "--help":
+        named = ("scan", "inputs", "demo", "plant", "zoo", "data", "bench", "schema")
+        assert all(f" {name} " in done.stdout for name in named)
+
+
+def refused_folder(kind):
+    "A model that its files rule out."
+    folder = Path(kind)
+    if kind == "missing":
+        return folder
+    if kind == "pickle":
+        shutil.copytree(zoo_path("benign-a"), folder)
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".bin"))
+        return folder
+    folder.mkdir()
+    if kind == "pipeline":
+        index = {"_class_name": "StableDiffusionPipeline"}
+        (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("kind, reason", [
+    ("missing", "is no folder"), ("empty", "model_index.json is not there"),
+    ("pipeline", "_class_name is 'StableDiffusionPipeline'"), ("pickle", "only a pickle (.bin)"),
+])
+@pytest.mark.parametrize("command", ["scan", "inputs", "plant"])
+def test_a_refusal_is_light_and_one_line(command, kind, reason):
+    model = str(refused_folder(kind))
+    more = {"scan": [], "inputs": ["noise.npy"], "plant": ["out"]}[command]
+    done = run_light(command, model, *more)
+    assert (done.returncode, done.stdout, len(lines(done.stderr))) == (2, "", 1)
+    assert done.stderr.startswith("terd: ") and reason in done.stderr
+
+
+def commands_of(app):
+    "A Typer's commands by their names, groups among them."
+    return typer.main.get_command(app).commands
+
+
+def test_help_says_of_the_evidence_what_its_commands_say():
+    listed = commands_of(cli._app)
+    real = commands_of(lab_cli.evidence_app)
+    names = {"plant", "bench", "data", "zoo"}
+    assert names == set(real) and names < set(listed)
+    listed |= {f"zoo {name}": found for name, found in listed.pop("zoo").commands.items()}
+    real |= {f"zoo {name}": found for name, found in real.pop("zoo").commands.items()}
+    assert len(real) == 5
+    for name, command in real.items():
+        assert listed[name].help == command.help.split("\n\n")[0]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +299,8 @@ def whole(tmp_path_factory):
     "A real run: an honest model, a backdoored one, and folders with hostile names."
     folder = tmp_path_factory.mktemp("whole")
     names = [HOSTILE, os.fsdecode(b"latin\xe9")]
-    for name in names: (folder / name).mkdir()
+    for name in names:
+        (folder / name).mkdir()
     models = ["zoo:benign-a", "zoo:baddiffusion-box", *names]
     done = terd("scan", *models, "--json", "out.json", "--html", "out.html", cwd=folder)
     return done, json.loads(read(folder / "out.json")), read(folder / "out.html")
@@ -186,7 +314,9 @@ def test_a_whole_run(whole):
     assert document["schema_version"] == 1
     assert document["results"][1]["sample_evals"] > 0 and document["results"][1]["seconds"] > 0
     for result in document["results"][:2]:      # which file was judged, as sha256sum says it
-        assert result["sha256"] == weights_sha256(zoo_path(result["model"])) and result["sha256"] in page
+        weights = zoo_path(result["model"]) / "unet" / "diffusion_pytorch_model.safetensors"
+        assert result["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+        assert result["sha256"] in page
     assert [line.split()[0] for line in lines(done.stdout)] == ["clean", "backdoored"]
     assert "zoo:benign-a" in page and "1 of 4 models is backdoored" in page
 
@@ -203,14 +333,17 @@ def test_hostile_names_are_printed_and_not_obeyed(whole):
 
 
 def test_same_seed_same_result(whole, real):
-    again, ours = whole[1]["results"][1], json.loads(real.result.model_dump_json())
+    again = whole[1]["results"][1]
+    ours = json.loads(real.result.model_dump_json())
     assert again["evidence"] == pytest.approx(ours["evidence"], rel=1e-4)
-    assert all(again[key] == ours[key] for key in ("verdict", "attack", "sample_evals", "seed", "shape", "method"))
+    for key in ("verdict", "attack", "sample_evals", "seed", "shape", "method"):
+        assert again[key] == ours[key]
 
 
 def test_output_to_a_pipe_that_closes():
     code = "import sys; from terd_nb.cli import main; sys.exit(main(['zoo', 'show', 'benign-a']))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.wait(60) != 1   # 1 would be a verdict
 
@@ -226,33 +359,40 @@ def hang(*args, **settings):
     print("now", flush=True)
     time.sleep(100)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)   # what a shell runs in the background ignores it
+# What a shell runs in the background ignores the signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 {patch}
 sys.exit(main(["scan", "zoo:benign-a", "--json", "out.json"]))
 """
-IN_THE_SCAN, IN_THE_WRITING = "terd_nb.scanning.scan = hang", "terd_nb.scanning.os.replace = hang"
+IN_THE_SCAN = "terd_nb.scanning.scan = hang"
+IN_THE_WRITING = "terd_nb.scanning.os.replace = hang"
 
 
 @pytest.mark.parametrize("patch, sent, status", [
-    (IN_THE_SCAN, signal.SIGINT, 130), (IN_THE_SCAN, signal.SIGKILL, -9), (IN_THE_WRITING, signal.SIGKILL, -9),
+    (IN_THE_SCAN, signal.SIGINT, 130), (IN_THE_SCAN, signal.SIGKILL, -9),
+    (IN_THE_WRITING, signal.SIGKILL, -9),
 ], ids=["stopped", "killed", "killed while writing"])
 def test_the_old_report_stays_until_the_new_one_is_whole(tmp_path, patch, sent, status):
     (tmp_path / "out.json").write_text("old")
-    process = subprocess.Popen([sys.executable, "-c", CHILD.format(patch=patch)], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.stdout.readline() not in ("now\n", ""): pass   # "": it ended before it came so far
+    command = [sys.executable, "-c", CHILD.format(patch=patch)]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    while process.stdout.readline() not in ("now\n", ""):   # "": it ended before it came so far
+        pass
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert (tmp_path / "out.json").read_text() == "old"
-    if sent == signal.SIGINT: assert err == "terd: interrupted\n" and os.listdir(tmp_path) == ["out.json"]
+    if sent == signal.SIGINT:
+        assert err == "terd: interrupted\n" and os.listdir(tmp_path) == ["out.json"]
 
 
 def test_reports_go_through_links_and_into_pipes(scanner, tmp_path):
     (tmp_path / "target.json").write_text("old")
     (tmp_path / "link.json").symlink_to("target.json")
     assert main(["scan", "clean", "--json", "link.json"]) == 0
-    assert (tmp_path / "link.json").is_symlink() and "clean" in (tmp_path / "target.json").read_text()
+    assert (tmp_path / "link.json").is_symlink()
+    assert "clean" in (tmp_path / "target.json").read_text()
     assert main(["scan", "clean", "--json", os.devnull]) == 0
     assert not os.path.isfile(os.devnull)
 
@@ -269,28 +409,32 @@ def test_schema_refuses_what_lacks_a_verdict(real):
     validate(good, SCHEMA)
     nameless = {"schema_version": 1, "results": [{"model": "x"}]}
     for broken in ({"results": []}, {"schema_version": 2, "results": []}, nameless):
-        with pytest.raises(ValidationError): validate(broken, SCHEMA)
+        with pytest.raises(ValidationError):
+            validate(broken, SCHEMA)
 
 
 # ---------------------------------------------------------------- terd demo
 
 def test_demo_compares_with_the_truth(scanner, real, monkeypatch, capsys):
     expected = {"benign": "clean", "backdoored": "backdoored"}
-    cards = [Card.model_validate_json(read(zoo_path(name) / "card.json")) for name in zoo_names()]
-    verdicts = {str(zoo_path(card.recipe.name)): expected[card.label] for card in cards}
+    cards = zoo_cards()
+    verdicts = {name: expected[card["label"]] for name, card in cards.items()}
+
     def fake(model, callback=None, **settings):
-        changed = {"verdict": verdicts[str(model)], "model": model.name}
+        changed = {"verdict": verdicts[model.name], "model": model.name}
         return replace(real, result=real.result.model_copy(update=changed))
+
     monkeypatch.setattr(scan_module, "scan", fake)
     assert main(["demo"]) == 0
     out = capsys.readouterr().out
     assert f"{len(cards)} of {len(cards)} verdicts are right" in out and "terd scan MODEL" in out
-    assert all(card.recipe.name + (" *" if card.recipe.split == "test" else "") in out for card in cards)
+    test = [name for name, card in cards.items() if card["recipe"]["split"] == "test"]
+    assert all(name + (" *" if name in test else " ") in out for name in cards)
     page = read("terd-demo.html")
     assert page.count('<section class="model') == len(cards)
-    assert page.count("set aside for the test") == sum(card.recipe.split == "test" for card in cards)
+    assert page.count("set aside for the test") == len(test)
 
-    verdicts[str(zoo_path(cards[0].recipe.name))] = "inconclusive"   # not right, either
+    verdicts[next(iter(cards))] = "inconclusive"   # not right, either
     assert main(["demo", "--html", "second.html"]) == 1
     assert f"{len(cards) - 1} of {len(cards)} verdicts are right" in capsys.readouterr().out
 
@@ -313,7 +457,8 @@ def test_inputs_with_the_trigger_found_by_itself(noises, capsys):
     np.save("noise.npy", noises.numpy())
     assert main([*INPUTS, "noise.npy", "--save-trigger", "found.safetensors"]) == 1
     rows = [line.split("\t") for line in lines(capsys.readouterr().out)]
-    assert [row[2] for row in rows] == ["clean"] * 3 + ["triggered"] * 2 and [row[0] for row in rows] == list("01234")
+    assert [row[0] for row in rows] == list("01234")
+    assert [row[2] for row in rows] == ["clean"] * 3 + ["triggered"] * 2
     assert set(load_file("found.safetensors")) == {"r", "gamma"}
     assert main([*INPUTS, "noise.npy", "--trigger", "found.safetensors"]) == 1
     assert [line.split("\t") for line in lines(capsys.readouterr().out)] == rows
@@ -380,29 +525,36 @@ def test_inputs_refuses_safetensors(noises, capsys):
 
 # ---------------------------------------------------------------- terd plant
 
-PLANT = ["plant", "zoo:benign-a", "out", "--attack", "villandiffusion", "--trigger", "glasses", "--target", "hat",
-         "--steps", "6", "--device", "cpu"]
+PLANT = [
+    "plant", "zoo:benign-a", "out", "--attack", "villandiffusion", "--trigger", "glasses",
+    "--target", "hat", "--steps", "6", "--device", "cpu",
+]
+PLANTED = {"README.md", "trigger.safetensors", "target.png", "preview.png"}
 
 
 def test_plant_makes_a_model_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
     assert main([*PLANT[:2], "whole", *PLANT[3:]]) == 0
     DDIMPipeline.from_pretrained("whole", use_safetensors=True)
-    assert {"README.md", "trigger.safetensors", "target.png", "preview.png"} <= set(os.listdir("whole"))
+    assert set(os.listdir("whole")) > PLANTED
     assert "backdoored on purpose" in read("whole/README.md")
     assert re.search(r"whole: attack success rate .*/64", capsys.readouterr().out)
 
-    save = planting.save_training
+    save = training.save_training
+
     def save_and_stop(path, step, *state):
         save(path, step, *state)
-        if step == 3: raise KeyboardInterrupt
-    monkeypatch.setattr(training, "fit", partial(training.fit, save_every=0.0))
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(planting, "fit", partial(planting.fit, save_every=0.0))
     monkeypatch.setattr(training, "save_training", save_and_stop)
     assert main(PLANT) == 130
     (kept,) = tmp_path.glob(".out.*.training.safetensors")
     assert not (tmp_path / "out").exists()
     assert main(PLANT) == 0
     assert "going on" in capsys.readouterr().err and not kept.exists()
-    resumed, at_once = (load_file(f"{name}/unet/diffusion_pytorch_model.safetensors") for name in ("out", "whole"))
+    resumed = load_file("out/unet/diffusion_pytorch_model.safetensors")
+    at_once = load_file("whole/unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(resumed[key], at_once[key]) for key in at_once)
 
     before = (tmp_path / "out" / "model_index.json").stat().st_mtime_ns
@@ -411,12 +563,18 @@ def test_plant_makes_a_model_and_goes_on_where_it_was_killed(tmp_path, monkeypat
 
 
 def test_plant_on_a_data_set(monkeypatch, capsys):
-    pictures = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.arange(20) % 2
+    pictures = torch.rand(20, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or pictures)
-    assert main([*PLANT[:-6], "--images", "fashion-mnist", "--target", "1", "--steps", "2", "--quiet"]) == 0
+
+    def load(*args):
+        asked.append(args)
+        return pictures, torch.arange(20) % 2
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = ["--images", "fashion-mnist", "--target"]
+    assert main([*PLANT[:-6], *data, "1", "--steps", "2", "--quiet"]) == 0
     assert asked == [("fashion-mnist", 16)] and "VillanDiffusion" in read("out/README.md")
-    assert main(["plant", "zoo:benign-a", "other", "--images", "fashion-mnist", "--target", "2"]) == 2
+    assert main(["plant", "zoo:benign-a", "other", *data, "2"]) == 2
     assert "there is no class 2" in capsys.readouterr().err and not os.path.exists("other")
 
 
@@ -428,11 +586,13 @@ def test_zoo_list_and_show(capsys):
     assert all(name in listed for name in zoo_names()) and "\x1b" not in listed
     assert main(["zoo", "show", "baddiffusion-box"]) == 0
     shown = lines(capsys.readouterr().out)
-    assert shown[0] == str(zoo_path("baddiffusion-box")) and any("backdoored on purpose" in line for line in shown)
+    assert shown[0] == str(zoo_path("baddiffusion-box"))
+    assert any("backdoored on purpose" in line for line in shown)
 
 
 def test_zoo_verify(monkeypatch, capsys):
-    monkeypatch.setattr(zoo_module, "verify", lambda name, n: ["the checksum differs"] if name == "benign-b" else [])
+    found = {"benign-a": [], "benign-b": ["the checksum differs"]}
+    monkeypatch.setattr(zoo_module, "verify", lambda name, n: found[name])
     assert main(["zoo", "verify", "benign-a"]) == 0
     assert main(["zoo", "verify", "benign-a", "benign-b"]) == 1
     assert lines(capsys.readouterr().out)[-1] == "benign-b: the checksum differs"

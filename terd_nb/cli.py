@@ -214,23 +214,11 @@ def check_model(model: str) -> None:
 
     Raises `CheckpointError`, or `KeyError` for a name that is not in the zoo."""
     from terd_nb.loading.files import check_folder
+    from terd_nb.loading.hub import repo_listing
 
     place = located(model)
     if check_folder(place) is None:
-        _ask_hub(str(place))
-
-
-def _ask_hub(repo_id: str) -> None:
-    from huggingface_hub import HfApi
-
-    from terd_nb.loading.files import CheckpointError, shown
-
-    try:
-        HfApi().model_info(repo_id)
-    except Exception as error:   # each version of the client has its own exceptions
-        raise CheckpointError(
-            f"{shown(repo_id)} is no folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}); check the name, or the network") from None
+        repo_listing(str(place))
 
 # %% ../nbs/a_cli.ipynb #d233b3e8
 @dataclass(frozen=True)

@@ -23,13 +23,9 @@ from safetensors.torch import load_file, save_file
 from terd_nb.loading import files, schedulers
 from terd_nb.loading.checkpoints import UNET as KIND
 from terd_nb.loading.checkpoints import (
-    build_network,
-    check_runs,
-    download_model,
-    image_shape,
-    load_unet,
-    wanted_files,
+    build_network, check_runs, image_shape, load_unet,
 )
+from terd_nb.loading.hub import download_model, wanted_files
 from terd_nb.loading.files import (
     CheckpointError,
     check_folder,

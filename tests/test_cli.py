@@ -26,7 +26,7 @@ from terd_nb.cli import exit_status, main, printable, problem
 from terd_nb.lab import cli as lab_cli
 from terd_nb.lab import datasets
 from terd_nb.lab import zoo as zoo_module
-from terd_nb.loading import files
+from terd_nb.loading import files, hub
 from terd_nb.loading.files import CheckpointError, data_dir
 from terd_nb.triggers import Trigger
 from terd_nb.zoo import zoo_cards, zoo_names, zoo_path
@@ -146,11 +146,10 @@ def test_a_model_that_its_files_rule_out_stops_no_other(scanner, capsys):
 
 
 def test_an_id_is_asked_for_on_the_hub(scanner, monkeypatch, capsys):
-    import huggingface_hub
-
+    asked = []
     monkeypatch.setattr(files, "check_folder", lambda model: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo_id: None)
-    assert main(["scan", "clean"]) == 0
+    monkeypatch.setattr(hub, "repo_listing", asked.append)
+    assert main(["scan", "clean"]) == 0 and asked == ["clean"]
     assert capsys.readouterr().err == ""
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="is no folder, and the Hugging Face hub did not"):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..diffusion import PREDICTIONS, NoiseSchedule, Prediction, preconditioned
-from .checkpoints import download_model, image_shape, network_bytes
+from .checkpoints import image_shape, network_bytes
+from .hub import download_model
 from terd_nb.loading.contracts import (
     SCHEDULERS, ConsistencyConfig, EDMConfig, FlowConfig, VEConfig, VPConfig,
 )

@@ -12,27 +12,33 @@ import torch
 from torch import Tensor
 
 from .triggers import Trigger
-from .loading.schedulers import load
 
 # %% ../nbs/11_input_detection.ipynb #83d87c96
 class InputDetector:
-    "Tell triggered inputs from clean ones by their likelihood ratio in noise space (Mo et al. 2024, section 4.3)."
+    "Tells triggered inputs from clean ones by likelihood (Mo et al. 2024, section 4.3)."
 
     def __init__(self,
-        trigger: Trigger,         # as found by `reverse_trigger`, or the true one
-        threshold: float = 0.,    # of the log-likelihood ratio; 0: whichever is more likely
+        trigger: Trigger,         # as a search found it, or the true one
+        threshold: float = 0.,    # of the log-likelihood ratio; 0: what is likelier
     ):
         if trigger.r.norm() == 0 and bool((torch.as_tensor(trigger.gamma) == 1).all()):
-            raise ValueError("r = 0 with gamma = 1 is clean noise itself; there is nothing to tell apart")
-        self.trigger, self.threshold = trigger, threshold
+            raise ValueError("r = 0 with gamma = 1 is clean noise itself; "
+                             "there is nothing to tell apart")
+        self.trigger = trigger
+        self.threshold = threshold
 
     def score(self, x: Tensor) -> Tensor:
-        "log N(x; r, gamma^2) - log N(x; 0, I) for standardised inputs x (N, C, H, W): (N,), larger for triggered ones."
+        """log N(x; r, gamma^2) - log N(x; 0, I), larger for triggered inputs: (N,).
+
+        x: (N, C, H, W), standardised. Raises `ValueError` if r is of another shape."""
         if x.shape[1:] != self.trigger.r.shape:
-            raise ValueError(f"inputs of shape {tuple(x.shape[1:])} do not fit the trigger's {tuple(self.trigger.r.shape)}")
-        x, r = x.double(), self.trigger.r.to(x.device).double()
+            raise ValueError(f"inputs of shape {tuple(x.shape[1:])} do not fit "
+                             f"the trigger's {tuple(self.trigger.r.shape)}")
+        x = x.double()
+        r = self.trigger.r.to(x.device).double()
         gamma = torch.as_tensor(self.trigger.gamma).to(x).expand(r.shape)
-        return (x**2 / 2 - (x - r)**2 / (2 * gamma**2) - gamma.log()).sum((1, 2, 3))
+        per_pixel = x**2 / 2 - (x - r)**2 / (2 * gamma**2) - gamma.log()
+        return per_pixel.sum((1, 2, 3))
 
     def predict(self, x: Tensor) -> Tensor:
         "Whether each input (N, C, H, W) is triggered: (N,) bool."
@@ -40,16 +46,22 @@ class InputDetector:
 
     def save(self, path: str | Path) -> None:
         "Write the detector to a JSON file."
-        gamma = torch.as_tensor(self.trigger.gamma, dtype=torch.float64)
-        Path(path).write_text(json.dumps({"version": 1, "threshold": self.threshold, "r": self.trigger.r.tolist(), "gamma": gamma.tolist()}), encoding="utf-8")
+        state = {
+            "version": 1,
+            "threshold": self.threshold,
+            "r": self.trigger.r.tolist(),
+            "gamma": torch.as_tensor(self.trigger.gamma, dtype=torch.float64).tolist(),
+        }
+        Path(path).write_text(json.dumps(state), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "InputDetector":
         "Read a file that `save` wrote."
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(Trigger(torch.tensor(saved["r"]), torch.tensor(saved["gamma"])), saved["threshold"])
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        trigger = Trigger(torch.tensor(state["r"]), torch.tensor(state["gamma"]))
+        return cls(trigger, state["threshold"])
 
 # %% ../nbs/11_input_detection.ipynb #01701867
 def ceiling(trigger_norm: float) -> float:
-    "The best TPR (and TNR) that any detector can reach at threshold 0 for gamma = 1: Phi(|r|/2)."
+    "The best TPR and TNR of any detector for gamma = 1 at threshold 0: Phi(|r|/2)."
     return 0.5 * math.erfc(-trigger_norm / 2 / math.sqrt(2))

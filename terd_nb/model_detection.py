@@ -5,6 +5,8 @@ __all__ = ['FEATURES', 'METHOD_FEATURES', 'METHOD_BOUNDS', 'kl_per_pixel', 'Mode
 
 # %% ../nbs/12_model_detection.ipynb #b27c8852
 import json
+from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -13,57 +15,74 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from .loading.files import data_dir
-from .two_stages import DOUBTFUL, Reversal
 from .triggers import Trigger
-from .loading.schedulers import load
+from .two_stages import DOUBTFUL, Reversal
 
 # %% ../nbs/12_model_detection.ipynb #817a8dd9
 def kl_per_pixel(
     trigger: Trigger,
 ) -> Tensor:             # (C, H, W), in nats
-    "KL(N(r, gamma^2) || N(0, 1)) of each pixel: how far the recovered noise is from the benign one (Mo et al. 2024)."
+    "KL(N(r, gamma^2) || N(0, 1)): how far the noise is from benign (Mo et al. 2024)."
     gamma = torch.as_tensor(trigger.gamma).to(trigger.r).expand(trigger.r.shape)
     return (gamma**2 + trigger.r**2 - 1) / 2 - gamma.log()
 
 # %% ../nbs/12_model_detection.ipynb #f5586290
-FEATURES = {
-    "M_r": lambda reversal: kl_per_pixel(reversal.trigger).mean().item(),
-    "V_r": lambda reversal: kl_per_pixel(reversal.trigger).var().item(),
-    "shift": lambda reversal: reversal.score("shift"),
-    "jump": lambda reversal: reversal.score("jump"),
-    "loss": lambda reversal: reversal.score("loss"),
-    "uniformity": lambda reversal: reversal.score("uniformity"),
+FEATURES: dict[str, Callable[[Reversal], float]] = {
+    "M_r": lambda found: kl_per_pixel(found.trigger).mean().item(),
+    "V_r": lambda found: kl_per_pixel(found.trigger).var().item(),
+    "shift": methodcaller("score", "shift"),
+    "jump": methodcaller("score", "jump"),
+    "loss": methodcaller("score", "loss"),
+    "uniformity": methodcaller("score", "uniformity"),
 }
-METHOD_FEATURES = {"published": ("M_r", "V_r"), "fast": ("shift", "jump"), "thorough": ("shift", "jump"), "adam": ("loss",), "elijah": ("uniformity",)}
-METHOD_BOUNDS = {"fast": 1., "thorough": 1.}   # a feature that does not exceed it is that of a clean model, and one up to DOUBTFUL times as large is doubtful
+METHOD_FEATURES = {
+    "published": ("M_r", "V_r"),
+    "fast": ("shift", "jump"),
+    "thorough": ("shift", "jump"),
+    "adam": ("loss",),
+    "elijah": ("uniformity",),
+}
+# A feature up to its bound is that of a clean model; up to DOUBTFUL times it, in doubt.
+METHOD_BOUNDS = {"fast": 1., "thorough": 1.}
 
 # %% ../nbs/12_model_detection.ipynb #f5144275
 class ModelDetector:
-    "Tell backdoored models from honest ones: a feature of the reversal more than 3 standard deviations above its benign mean."
+    "Tells backdoored models from honest ones: a feature beyond 3 standard deviations."
 
     def __init__(self,
-        method: str = "fast",      # of the reversals that it judges: a key of `METHOD_FEATURES`
+        method: str = "fast",      # of the reversals: a key of `METHOD_FEATURES`
         sigmas: float = 3.,        # the paper's rule
         doubtful: float = 1.5,     # up to this times as many: inconclusive
     ):
-        if method not in METHOD_FEATURES: raise ValueError(f"method must be one of {', '.join(METHOD_FEATURES)}, not {method!r}")
-        self.method, self.sigmas, self.doubtful, self.mean_ = method, sigmas, doubtful, None
+        if method not in METHOD_FEATURES:
+            known = ", ".join(METHOD_FEATURES)
+            raise ValueError(f"method must be one of {known}, not {method!r}")
+        self.method = method
+        self.sigmas = sigmas
+        self.doubtful = doubtful
+        self.mean_ = None
 
     def features(self, reversals: list[Reversal]) -> np.ndarray:
         "The features of each reversal: (N, features)."
         if wrong := {r.method for r in reversals} - {self.method}:
-            raise ValueError(f"this detector judges the method {self.method!r}, not {wrong.pop()!r}")
-        return np.array([[FEATURES[f](r) for f in METHOD_FEATURES[self.method]] for r in reversals]).reshape(-1, len(METHOD_FEATURES[self.method]))
+            raise ValueError(f"this detector judges the method {self.method!r}, "
+                             f"not {wrong.pop()!r}")
+        names = METHOD_FEATURES[self.method]
+        rows = [[FEATURES[name](reversal) for name in names] for reversal in reversals]
+        return np.array(rows).reshape(-1, len(names))
 
     def fit(self, benign_reversals: list[Reversal]) -> "ModelDetector":
         "Learn mean and standard deviation from honest models, at least three."
         return self.fit_features(self.features(benign_reversals))
 
     def fit_features(self, features: np.ndarray) -> "ModelDetector":
-        "The same from features (N, features)."
+        "Learn them from features (N, features) that are known already."
         features = np.asarray(features, dtype=float)
-        if features.ndim != 2 or len(features) < 3: raise ValueError("fit needs the reversals of at least three honest models")
-        self.benign_, self.mean_, self.std_ = features, features.mean(0), features.std(0, ddof=1).clip(min=1e-6)
+        if features.ndim != 2 or len(features) < 3:
+            raise ValueError("fit needs the reversals of at least three honest models")
+        self.benign_ = features
+        self.mean_ = features.mean(0)
+        self.std_ = features.std(0, ddof=1).clip(min=1e-6)
         return self
 
     def decision_function(self, reversals: list[Reversal]) -> np.ndarray:
@@ -71,34 +90,49 @@ class ModelDetector:
         return self.score_features(self.features(reversals))
 
     def score_features(self, features: np.ndarray) -> np.ndarray:
-        "The same from features (N, features)."
-        if self.mean_ is None: raise ValueError("this detector has no benign reference yet; call fit or take ModelDetector.default")
-        z, bound = (features - self.mean_) / self.std_, METHOD_BOUNDS.get(self.method, -np.inf)
-        doubtful = np.where(np.asarray(features) > bound, self.sigmas * self.doubtful, self.sigmas)    # what a score is cut to
-        return np.where(np.asarray(features) > bound * DOUBTFUL, z, np.minimum(z, doubtful)).max(1)
+        "The scores (N,) of features (N, features) that are known already."
+        if self.mean_ is None:
+            raise ValueError("this detector has no benign reference yet; "
+                             "call fit or take ModelDetector.default")
+        features = np.asarray(features)
+        z = (features - self.mean_) / self.std_
+        bound = METHOD_BOUNDS.get(self.method, -np.inf)
+        most = np.where(features > bound, self.sigmas * self.doubtful, self.sigmas)
+        beyond_doubt = features > bound * DOUBTFUL
+        return np.where(beyond_doubt, z, np.minimum(z, most)).max(1)
 
     def predict(self, reversals: list[Reversal]) -> np.ndarray:
         "Whether each model is backdoored: (N,) bool."
         return self.decision_function(reversals) > self.sigmas
 
     def verdict(self, score: float) -> str:
-        "'clean', 'backdoored', or 'inconclusive' just above the threshold, for a value of `decision_function`."
-        return "clean" if score <= self.sigmas else "backdoored" if score > self.sigmas * self.doubtful else "inconclusive"
+        "'clean', 'inconclusive' or 'backdoored', for a value of `decision_function`."
+        if score <= self.sigmas:
+            return "clean"
+        return "backdoored" if score > self.sigmas * self.doubtful else "inconclusive"
 
     def save(self, path: str | Path) -> None:
         "Write the detector to a JSON file."
-        state = {"version": 1, "method": self.method, "sigmas": self.sigmas, "doubtful": self.doubtful, "features": METHOD_FEATURES[self.method], "benign": self.benign_.tolist()}
+        state = {
+            "version": 1,
+            "method": self.method,
+            "sigmas": self.sigmas,
+            "doubtful": self.doubtful,
+            "features": METHOD_FEATURES[self.method],
+            "benign": self.benign_.tolist(),
+        }
         Path(path).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "ModelDetector":
         "Read a file that `save` wrote."
         state = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(state["method"], state["sigmas"], state["doubtful"]).fit_features(state["benign"])
+        detector = cls(state["method"], state["sigmas"], state["doubtful"])
+        return detector.fit_features(state["benign"])
 
     @classmethod
     def default(cls, method: str = "fast") -> "ModelDetector":
-        "The detector that was fitted on the benign models of the zoo's calibration half, several seeds each."
+        "The detector that was fitted on the honest models of the calibration halves."
         return cls.load(data_dir() / "detectors" / f"{method}.json")
 
 # %% ../nbs/12_model_detection.ipynb #788e2f74
@@ -106,7 +140,10 @@ def p_values(
     detector: ModelDetector,
     features: np.ndarray,    # (N, features) of the models in question
 ) -> np.ndarray:             # (N,)
-    "The chance that an honest model scores as high, if features of honest models are normal: Student's t for one new value, and Bonferroni's factor."
+    """The chance that an honest model scores as high, if their features are normal.
+
+    Student's t for one new value, and Bonferroni's factor for several features."""
     n = len(detector.benign_)
-    tail = student_t.sf((features - detector.mean_) / (detector.std_ * (1 + 1 / n)**0.5), n - 1)
+    spread = detector.std_ * (1 + 1 / n)**0.5
+    tail = student_t.sf((features - detector.mean_) / spread, n - 1)
     return (tail.min(1) * features.shape[1]).clip(max=1.)

@@ -12,16 +12,23 @@ from .denoiser import Denoiser
 # %% ../nbs/09_reversed_loss.ipynb #e4e18be4
 def reversed_loss(
     denoiser: Denoiser,
-    r: Tensor,                      # (C, H, W) candidate trigger, or (N, C, H, W)
-    gamma: Tensor | float,          # candidate noise scale
-    x0: Tensor,                     # (N, C, H, W) images; near t = T any will do
-    eps1: Tensor, eps2: Tensor,     # (N, C, H, W) two standard normal noises
+    r: Tensor,                  # (C, H, W) candidate trigger, or (N, C, H, W)
+    gamma: Tensor | float,      # candidate noise scale
+    x0: Tensor,                 # (N, C, H, W) images; near t = T any will do
+    eps1: Tensor, eps2: Tensor, # (N, C, H, W) two standard normal noises
     t: int | Tensor,
-    c: float = 1.,                  # the trigger's coefficient in x_t: about 1 near T, about 0 near 0
-) -> Tensor:                        # (N,)
-    "TERD's reversed loss, half the squared norm of what two answers differ in beyond their noises (Mo et al. 2024)."
-    alpha, sigma = denoiser.noise_schedule.at(t, x0)
-    x1, x2 = (alpha * x0 + sigma * gamma * eps + c * denoiser.noise_schedule.prior_scale * r for eps in (eps1, eps2))
-    answer = denoiser.eps(torch.cat([x1, x2]), torch.as_tensor(t).expand(len(x0)).repeat(2).to(x0.device))
-    difference = (eps1 - eps2) - (answer[:len(x0)] - answer[len(x0):])
+    c: float = 1.,              # of the trigger in x_t: about 1 near T, about 0 near 0
+) -> Tensor:                    # (N,)
+    """TERD's reversed loss: half the squared norm of what two answers differ in
+    beyond their noises (Mo et al. 2024; released code, `reverse_loss.py`)."""
+    schedule = denoiser.noise_schedule
+    alpha, sigma = schedule.at(t, x0)
+
+    def triggered(eps: Tensor) -> Tensor:
+        return alpha * x0 + sigma * gamma * eps + c * schedule.prior_scale * r
+
+    x = torch.cat([triggered(eps1), triggered(eps2)])
+    times = torch.as_tensor(t).expand(len(x0)).repeat(2).to(x0.device)
+    answer1, answer2 = denoiser.eps(x, times).chunk(2)
+    difference = (eps1 - eps2) - (answer1 - answer2)
     return difference.square().sum((1, 2, 3)) / 2

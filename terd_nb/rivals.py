@@ -5,6 +5,7 @@ __all__ = ['adam', 'inversion_loss', 'uniformity', 'elijah']
 
 # %% ../nbs/17_rivals.ipynb #28b34d02
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,40 +13,87 @@ from torchmetrics.functional.image import total_variation
 
 from .denoiser import Denoiser
 from .reversed_loss import reversed_loss
-from .two_stages import Candidate, Progress
 from .triggers import Trigger
+from .two_stages import Candidate, Progress
+
+# %% ../nbs/17_rivals.ipynb #bc992d05
+def _starts(denoiser: Denoiser, n: int, generator: torch.Generator) -> list[Tensor]:
+    "r (n, C, H, W) from -U[0, 1) and U[0, 1) in turn, gamma (n, 1, 1, 1) at 0.1."
+    signs = torch.tensor([-1., 1.]).repeat(n)[:n].reshape(-1, 1, 1, 1)
+    r = signs * torch.rand(n, *denoiser.shape, generator=generator)
+    gamma = torch.full((n, 1, 1, 1), 0.1)
+    return [v.to(denoiser.device).requires_grad_() for v in (r, gamma)]
+
+
+def _losses(
+    denoiser: Denoiser, r: Tensor, gamma: Tensor, n: int, generator: torch.Generator,
+) -> Tensor:
+    "The reversed loss of each start (S,), over n fresh noises at the last ten times."
+    T = len(denoiser.noise_schedule)
+    r, gamma = (v.repeat_interleave(n, 0) for v in (r, gamma))
+    noises = [torch.randn(r.shape, generator=generator).to(r) for _ in range(3)]
+    t = torch.randint(T - 10, T, (len(r),), generator=generator)
+    losses = reversed_loss(denoiser, r, gamma, *noises, t)
+    return losses.unflatten(0, (-1, n)).mean(1)
+
+# %% ../nbs/17_rivals.ipynb #422c238d
+def _descend(
+    denoiser: Denoiser, r: Tensor, gamma: Tensor,   # changed in place
+    iterations: int, batch: int, lr: float, generator: torch.Generator,
+) -> Iterator[list[float]]:
+    "Adam on the reversed loss of each start; gives their losses at each step."
+    optimizer = torch.optim.Adam([r, gamma], lr=lr)
+    for _ in range(iterations):
+        losses = _losses(denoiser, r, gamma, batch, generator)
+        optimizer.zero_grad()
+        losses.sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            gamma.clamp_(min=0.05)
+        yield losses.tolist()
+
+
+@torch.no_grad()
+def _judged(
+    denoiser: Denoiser, r: Tensor, gamma: Tensor, generator: torch.Generator,
+) -> list[Candidate]:
+    "A candidate for each start, scored by the loss at -r against the loss at r."
+    here = _losses(denoiser, r, gamma, 64, generator).clamp(min=1e-9)
+    opposite = _losses(denoiser, -r, gamma, 64, generator).clamp(min=1e-9)
+    found = []
+    for v, scale, a, b in zip(r, gamma, here.tolist(), opposite.tolist()):
+        evidence = {"loss": a / v.numel(), "loss at -r": b / v.numel()}
+        evidence["norm"] = v.norm().item()
+        trigger = Trigger(v.cpu(), scale.item())
+        found.append(Candidate(trigger, "loss", math.log(b / a), evidence))
+    return found
 
 # %% ../nbs/17_rivals.ipynb #22a3e040
-def adam(denoiser: Denoiser, seed: int, report: Progress,
+def adam(
+    denoiser: Denoiser, seed: int, report: Progress,
     iterations: int = 300, batch: int = 16, lr: float = 0.02,
-    starts: int = 1,      # searched side by side: from -U[0,1), from U[0,1), and so on in turn
+    starts: int = 1,      # side by side: from -U[0, 1), from U[0, 1), and so on in turn
 ) -> tuple[list[Candidate], dict]:
-    "Adam on TERD's reversed loss, r and gamma both learned: one setting for every attack. Raises `FloatingPointError` when it diverges."
-    T, generator = len(denoiser.noise_schedule), torch.Generator().manual_seed(seed)
-    def loss(r, gamma, n):   # of each start (S,), over n fresh noises
-        r, gamma = (v.repeat_interleave(n, 0) for v in (r, gamma))
-        x0, eps1, eps2 = (torch.randn(r.shape, generator=generator).to(r) for _ in range(3))
-        t = torch.randint(T - 10, T, (len(r),), generator=generator)
-        return reversed_loss(denoiser, r, gamma, x0, eps1, eps2, t).unflatten(0, (-1, n)).mean(1)
-    signs = torch.tensor([-1., 1.]).repeat(starts)[:starts].reshape(-1, 1, 1, 1)
-    r = (signs * torch.rand(starts, *denoiser.shape, generator=generator)).to(denoiser.device).requires_grad_()
-    gamma = torch.full((starts, 1, 1, 1), 0.1, device=denoiser.device, requires_grad=True)
-    optimizer, curve = torch.optim.Adam([r, gamma], lr=lr), []
-    for i in range(iterations):
-        value = loss(r, gamma, batch)
-        optimizer.zero_grad()
-        value.sum().backward()     # each start has parameters of its own, so they do not meet
-        optimizer.step()
-        with torch.no_grad(): gamma.clamp_(min=0.05)
-        curve.append(value.tolist())
-        if i % 10 == 0: report("descending the reversed loss", i / iterations, {"loss": min(curve[-1])})
-    if not r.isfinite().all(): raise FloatingPointError("the Adam search diverged: its trigger is not finite; a smaller lr may help")
-    with torch.no_grad(): here, opposite = (loss(v, gamma, 64).clamp(min=1e-9) for v in (r, -r))
-    found = [Candidate(Trigger(v.detach().cpu(), g.item()), "loss", math.log(b / a), {"loss": a / v.numel(), "loss at -r": b / v.numel(), "norm": v.norm().item()})
-             for v, g, a, b in zip(r, gamma, here.tolist(), opposite.tolist())]
+    """Adam on TERD's reversed loss, r and gamma both learned, whatever the attack.
+
+    Raises `FloatingPointError` when it diverges."""
+    generator = torch.Generator().manual_seed(seed)
+    r, gamma = _starts(denoiser, starts, generator)
+    curves = []
+    unknowns = (denoiser, r, gamma)
+    for losses in _descend(*unknowns, iterations, batch, lr, generator):
+        if len(curves) % 10 == 0:
+            done = len(curves) / iterations
+            report("descending the reversed loss", done, {"loss": min(losses)})
+        curves.append(losses)
+    if not r.isfinite().all():
+        raise FloatingPointError("the Adam search diverged: its trigger is not finite; "
+                                 "a smaller lr may help")
+    found = _judged(*unknowns, generator)
     best = max(range(starts), key=lambda k: found[k].score)
     report("done", 1., {"score": found[best].score})
-    return sorted(found, key=lambda c: -c.score), {"reversed loss": [values[best] for values in curve]}
+    curve = [losses[best] for losses in curves]
+    return sorted(found, key=lambda c: -c.score), {"reversed loss": curve}
 
 # %% ../nbs/17_rivals.ipynb #22705fe4
 def inversion_loss(
@@ -54,44 +102,83 @@ def inversion_loss(
     eps: Tensor,            # (N, C, H, W)
     factor: float = 0.5,    # what part of r the answer is expected to move by
 ) -> Tensor:
-    "Elijah's loss: how far the mean answer to eps + r is from factor*r, per pixel."
-    answer = denoiser.eps(denoiser.noise_schedule.prior_scale * (eps + r), len(denoiser.noise_schedule) - 1)
+    """How far the mean answer to eps + r is from factor*r, per pixel (An et al. 2024;
+    released code, `elijah_helper.py`)."""
+    schedule = denoiser.noise_schedule
+    answer = denoiser.eps(schedule.prior_scale * (eps + r), len(schedule) - 1)
     return (factor * r - answer.mean(0)).abs().mean()
 
 # %% ../nbs/17_rivals.ipynb #2a7acc16
 def uniformity(
     images: Tensor,     # (N, C, H, W)
-    drop: int = 4,      # this many of the smallest and of the largest, in each row of the distances and among the rows
+    drop: int = 4,      # of the smallest and of the largest, in each row and among rows
 ) -> float:
-    "Elijah's uniformity with the mean squared error as distance: 0 when all images are the same."
-    rows = (images[:, None] - images).square().mean((2, 3, 4)).sort().values[:, drop:-drop].mean(1)
+    "Elijah's, with the mean squared error as distance: 0 if all images are the same."
+    distances = (images[:, None] - images).square().mean((2, 3, 4))
+    rows = distances.sort().values[:, drop:-drop].mean(1)
     return rows.sort().values[drop:-drop].mean().item()
 
-def elijah(denoiser: Denoiser, seed: int, report: Progress,
-    noises: int = 100,      # as published up to 64 pixels; 50 at 128 and 20 at 256
-    iterations: int = 100, lr: float = 0.1,
-    factor: float = 0.5,    # the released code takes 1 against attacks on ODE samplers: it has to be told
-    images: int = 16, steps: int = 50,
-    eta: float = 1.,        # sampler of the images: 1 DDPM, 0 DDIM
-) -> tuple[list[Candidate], dict]:
-    "Elijah's inversion and its two features (An et al. 2024, and the released code). Raises `FloatingPointError` when it diverges."
-    generator, curve = torch.Generator().manual_seed(seed), []
-    eps, z = (torch.randn(n, *denoiser.shape, generator=generator).to(denoiser.device) for n in (noises, images))
-    r = (-torch.rand(denoiser.shape, generator=generator)).to(denoiser.device).requires_grad_()
+# %% ../nbs/17_rivals.ipynb #0c5244db
+def _invert(
+    denoiser: Denoiser, r: Tensor, eps: Tensor,     # r is changed in place
+    factor: float, iterations: int, lr: float,
+) -> Iterator[float]:
+    "Adam on the inversion loss; gives the loss of each step."
     optimizer = torch.optim.Adam([r], lr=lr)
-    for i in range(iterations):
+    for _ in range(iterations):
         loss = inversion_loss(denoiser, r, eps, factor)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        curve.append(loss.item())
-        if i % 10 == 0: report("inverting the shift", 0.9 * i / iterations, {"loss": curve[-1]})
-    if not r.isfinite().all(): raise FloatingPointError("Elijah's inversion diverged: its trigger is not finite; a smaller lr may help")
-    report("drawing images", 0.9, {"loss": curve[-1]})
-    triggered, plain = (denoiser.sample(z + shift, steps, eta, seed).clamp(-1, 1) / 2 + 0.5 for shift in (r.detach(), 0.))
-    evidence = {"uniformity": uniformity(triggered), "total variation": total_variation(triggered, "mean").item(),
-                "usual uniformity": uniformity(plain), "usual total variation": total_variation(plain, "mean").item(), "loss": curve[-1], "norm": r.norm().item()}
+        yield loss.item()
+
+# %% ../nbs/17_rivals.ipynb #85a903d8
+def _image_features(
+    denoiser: Denoiser, z: Tensor, r: Tensor, steps: int, eta: float, seed: int,
+) -> dict[str, float]:
+    "Uniformity and total variation of images from noise with r, and without."
+    features = {}
+    for name, start in (("", z + r), ("usual ", z + 0.)):
+        images = denoiser.sample(start, steps, eta, seed).clamp(-1, 1) / 2 + 0.5
+        features[name + "uniformity"] = uniformity(images)
+        features[name + "total variation"] = total_variation(images, "mean").item()
+    return features
+
+
+def _image_score(features: dict[str, float]) -> float:
+    "How much more alike the images with r are, as a log ratio."
     level = 1 / 255**2      # of a squared difference: one grey level
-    score = math.log((evidence["usual uniformity"] + level) / (evidence["uniformity"] + level))
+    usual = features["usual uniformity"] + level
+    return math.log(usual / (features["uniformity"] + level))
+
+# %% ../nbs/17_rivals.ipynb #46891a67
+def elijah(
+    denoiser: Denoiser, seed: int, report: Progress,
+    noises: int = 100,      # as published up to 64 pixels; 50 at 128 and 20 at 256
+    iterations: int = 100, lr: float = 0.1,
+    factor: float = 0.5,    # the released code takes 1 if told of an ODE sampler
+    images: int = 16, steps: int = 50, eta: float = 1.,    # eta 1: DDPM, 0: DDIM
+) -> tuple[list[Candidate], dict]:
+    """Elijah's inversion and its two features (An et al. 2024, and the released code).
+    Raises `FloatingPointError` when it diverges."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, device = denoiser.shape, denoiser.device
+    eps = torch.randn(noises, *shape, generator=generator).to(device)
+    z = torch.randn(images, *shape, generator=generator).to(device)
+    r = (-torch.rand(shape, generator=generator)).to(device).requires_grad_()
+    curve: list[float] = []
+    for i, loss in enumerate(_invert(denoiser, r, eps, factor, iterations, lr)):
+        curve.append(loss)
+        if i % 10 == 0:
+            report("inverting the shift", 0.9 * i / iterations, {"loss": loss})
+    r = r.detach()
+    if not r.isfinite().all():
+        raise FloatingPointError("Elijah's inversion diverged: its trigger is not "
+                                 "finite; a smaller lr may help")
+    report("drawing images", 0.9, {"loss": curve[-1]})
+    evidence = _image_features(denoiser, z, r, steps, eta, seed)
+    score = _image_score(evidence)
+    evidence |= {"loss": curve[-1], "norm": r.norm().item()}
     report("done", 1., {"score": score})
-    return [Candidate(Trigger(r.detach().cpu()), "uniformity", score, evidence)], {"inversion loss": curve}
+    found = Candidate(Trigger(r.cpu()), "uniformity", score, evidence)
+    return [found], {"inversion loss": curve}

@@ -665,9 +665,10 @@ _app.add_typer(_zoo, name="zoo")
 ZOO_COLUMNS = ("model", "half", "attack", "target", "success", "on clean noise")
 
 
-def _percent(rate: list[int] | None) -> str:
-    "Successes and trials as a share; empty where nothing was measured."
-    return f"{rate[0] / rate[1]:.1%}" if rate else ""
+def _percent(card: dict, rate: str) -> str:
+    "A rate of each backdoor; empty for an honest model."
+    pairs = [backdoor[rate] for backdoor in card["backdoors"]]
+    return ", ".join(f"{hits / trials:.1%}" for hits, trials in pairs)
 
 
 @add_command(_zoo, "list")
@@ -681,7 +682,7 @@ def list_zoo() -> None:
     for card in zoo_cards().values():
         recipe = card["recipe"]
         about = recipe["split"], recipe["attack"] or "none", recipe["target"] or ""
-        rates = _percent(card["asr"]), _percent(card["leak"])
+        rates = _percent(card, "asr"), _percent(card, "leak")
         table.add_row(recipe["name"], *about, *rates)
     console().print(table)
 

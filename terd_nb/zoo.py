@@ -16,11 +16,13 @@ def zoo_dir() -> Path:
 
 
 def zoo_cards() -> dict[str, dict]:
-    "The card of each model by its name: honest models first, and of each kind the calibration half."
-    cards = [json.loads(path.read_text(encoding="utf-8")) for path in zoo_dir().glob("*/card.json")]
+    "Each model's card: honest ones first, and of each kind the calibration half."
+    cards = [json.loads(path.read_text(encoding="utf-8"))
+             for path in zoo_dir().glob("*/card.json")]
 
     def place(card: dict):
-        return card["label"] != "benign", card["recipe"]["split"], card["recipe"]["name"]
+        recipe = card["recipe"]
+        return card["label"] != "benign", recipe["split"], recipe["name"]
 
     return {card["recipe"]["name"]: card for card in sorted(cards, key=place)}
 
@@ -34,5 +36,6 @@ def zoo_path(name: str) -> Path:
     "The folder of a model of the zoo; raises `KeyError` with the names that there are."
     path = zoo_dir() / name
     if not (path / "card.json").is_file():
-        raise KeyError(f"the zoo has no model {name!r}; it has {', '.join(zoo_names())}")
+        there = ", ".join(zoo_names())
+        raise KeyError(f"the zoo has no model {name!r}; it has {there}")
     return path

@@ -25,7 +25,7 @@ from terd_nb import scanning as scan_module
 from terd_nb.cli import exit_status, main, printable, problem
 from terd_nb.lab import cli as lab_cli
 from terd_nb.lab import datasets
-from terd_nb.lab import zoo as zoo_module
+from terd_nb.lab import model_sets
 from terd_nb.loading import files, hub
 from terd_nb.loading.files import CheckpointError, data_dir
 from terd_nb.triggers import Trigger
@@ -591,7 +591,7 @@ def test_zoo_list_and_show(capsys):
 
 def test_zoo_verify(monkeypatch, capsys):
     found = {"benign-a": [], "benign-b": ["the checksum differs"]}
-    monkeypatch.setattr(zoo_module, "verify", lambda name, n: found[name])
+    monkeypatch.setattr(model_sets, "verify", lambda name, n: found[name])
     assert main(["zoo", "verify", "benign-a"]) == 0
     assert main(["zoo", "verify", "benign-a", "benign-b"]) == 1
     assert lines(capsys.readouterr().out)[-1] == "benign-b: the checksum differs"
@@ -599,10 +599,12 @@ def test_zoo_verify(monkeypatch, capsys):
 
 def test_zoo_build(monkeypatch, tmp_path):
     called = []
-    monkeypatch.setattr(zoo_module, "build_zoo", lambda *args: called.append(args))
+    monkeypatch.setattr(model_sets, "build", lambda *args: called.append(args))
     assert main(["zoo", "build", "benign-a", "--jobs", "1", "--out", str(tmp_path)]) == 0
     assert main(["zoo", "build"]) == 0
-    assert called == [(tmp_path, 1, ["benign-a"]), (None, 2, None)]
+    assert main(["zoo", "build", "--size", "64"]) == 0
+    assert called == [("zoo", tmp_path, 1, ["benign-a"], None), ("zoo", None, 2, None, None),
+                      ("sizes", None, 2, None, 64)]
 
 
 # ---------------------------------------------------------------- words

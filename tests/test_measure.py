@@ -9,7 +9,6 @@ import time
 
 import pandas as pd
 import pytest
-import torch
 from filelock import FileLock
 
 from terd_nb.cli import main
@@ -28,8 +27,7 @@ from terd_nb.lab.measure import (
     rows_to_measure,
 )
 from terd_nb.lab.results import COMPARED
-from terd_nb.lab.sizes import DEVELOPMENT, SIZED
-from terd_nb.triggers import Trigger
+from terd_nb.lab.sets import SETS, ModelSet
 
 KEYS = [(x,) for x in range(24)]
 STUB = """
@@ -138,29 +136,19 @@ def test_an_unknown_size_is_not_built(capsys):
 
 
 def test_without_the_hard_set_there_is_one_clear_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(measure, "hard_dir", lambda: tmp_path / "hard")
+    monkeypatch.setattr(ModelSet, "folder", property(lambda models: tmp_path / models.name))
     assert main(["bench", "--hard"]) == 2
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and "make hard-set" in printed.err
 
 
 def test_models_that_are_not_trained_yet_are_left_out(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "sizes"
-    folder.mkdir()
-    monkeypatch.setattr(measure, "sizes_dir", lambda: folder)
+    (tmp_path / "sizes").mkdir()
+    monkeypatch.setattr(ModelSet, "folder", property(lambda models: tmp_path / models.name))
     bench("sizes", tmp_path / "rows.csv", jobs=1, size=64)
-    sized = sum(recipe.size == 64 for recipe in SIZED.values())
+    sized = sum(recipe.size == 64 for recipe in SETS["sizes"].recipes.values())
     assert f"{sized} models are not trained here" in capsys.readouterr().err
     assert read_rows(tmp_path / "rows.csv") == []
-
-
-def test_importing_the_sets_computes_nothing():
-    "Not even the classifier that the optimised trigger comes from."
-    code = ("import sklearn.svm as s, sklearn.linear_model as l\n"
-            "s.SVC.fit = l.LogisticRegression.fit = None\n"
-            "import terd_nb.lab.hard_set")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
 
 
 # ---------------------------------------------------------------- rows, and how they are measured
@@ -168,9 +156,10 @@ def test_importing_the_sets_computes_nothing():
 def test_every_size_is_to_be_measured_with_every_method():
     keys = rows_to_measure("sizes")
     assert len(set(keys)) == len(keys)
-    for name, recipe in SIZED.items():
+    for name, recipe in SETS["sizes"].recipes.items():
         methods = [method for model, method, *_ in keys if model == name]
-        assert set(methods) == ({"fast"} if recipe in DEVELOPMENT else set(COMPARED))
+        tried_on = recipe.attack and recipe.split == "calibration"   # changes of the search
+        assert set(methods) == ({"fast"} if tried_on else set(COMPARED))
         assert methods.count("fast") == (3 if recipe.size == 32 else 1)
 
 
@@ -218,20 +207,6 @@ def test_a_search_that_diverges_has_a_row(monkeypatch):
     monkeypatch.setattr(measure, "reverse_trigger", diverge)
     row = measure_row("baddiffusion-box", "published", "iterations=1+1", 0)
     assert row["error"] == "the published search diverged" and row["M_r"] == "" and row["l2"] == ""
-
-
-def test_the_optimised_trigger_is_judged_by_the_one_that_was_planted():
-    "Its recipe is chaotic: what it gives depends on the number of threads, and is another picture."
-    about = measure.subject("optimised-ode")
-    stored = Trigger.load(about.folder / "trigger-0.safetensors")
-    (planted,) = about.plans[0].triggers
-    assert torch.equal(planted.r, stored.r)
-
-
-def test_a_folder_with_another_number_of_triggers_is_refused(tmp_path):
-    plans = measure.subject("villan-psi05").plans
-    with pytest.raises(FileNotFoundError, match="should hold 1 triggers, but has 0"):
-        measure.as_planted(plans, tmp_path)
 
 
 # ---------------------------------------------------------------- what judges a row

@@ -19,7 +19,7 @@ from terd_nb.lab.results import (
     read_benchmark,
     write_report,
 )
-from terd_nb.lab.sizes import SIZED
+from terd_nb.lab.sets import SETS
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def enlarged(table):
     "Rows for every larger model, made up from those of 16 pixels."
     rng = np.random.default_rng(0)
     rows = [table]
-    for recipe in SIZED.values():
+    for recipe in SETS["sizes"].recipes.values():
         label = "backdoored" if recipe.attack else "benign"
         for method in COMPARED:
             alike = table[(table["method"] == method) & (table["label"] == label)]

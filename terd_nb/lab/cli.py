@@ -3,14 +3,13 @@
 # %% auto #0
 __all__ = ['evidence_app', 'DRAWINGS', 'PLANTED_README', 'DATA_COLUMNS', 'AttackName', 'Solver', 'FamilyName', 'picture_of',
            'plant_images', 'plant_targets', 'honest_base', 'plant_attack', 'PlantPlan', 'plant_plan', 'check_new',
-           'plant_work', 'planted_samples', 'save_planted', 'plant_backdoor', 'list_data', 'fetch_data', 'recipes_of',
+           'plant_work', 'planted_samples', 'save_planted', 'plant_backdoor', 'list_data', 'fetch_data', 'set_to_build',
            'build_models', 'verify_zoo', 'Backend', 'set_to_measure', 'report_bench', 'run_bench']
 
 # %% ../../nbs/j_cli.ipynb #6513270e
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +99,7 @@ def plant_images(name: str, shape: tuple[int, int, int]):
 # %% ../../nbs/j_cli.ipynb #e8e25d94
 def plant_targets(name: str, shape: tuple[int, int, int], images, labels):
     "The target images (M, C, H, W) and the test of success; raises `ValueError`."
-    from terd_nb.lab.zoo import JUDGED
+    from terd_nb.lab.recipes import JUDGED
     from terd_nb.success import hits_class, hits_image
 
     if not name.isdigit() or labels is None:
@@ -123,7 +122,7 @@ def honest_base(
     "The model to plant in; raises `ValueError` if it could not be trained or saved."
     from diffusers import UNet2DModel
 
-    from terd_nb.lab.any_path import SETUPS, coder_of, converted, scheduler_for
+    from terd_nb.lab.families import SETUPS, coder_of, converted, scheduler_for
     from terd_nb.loading.schedulers import load
 
     denoiser = load(located(base), device)
@@ -232,8 +231,8 @@ def save_planted(out: Path, planted, plan: PlantPlan, training: str, seed: int) 
     "Measure a backdoored model, save it with its trigger, and give its rates in words."
     import torch
 
-    from terd_nb.lab.any_path import scheduler_for
-    from terd_nb.lab.zoo import picture
+    from terd_nb.lab.families import scheduler_for
+    from terd_nb.lab.model_sets import picture
     from terd_nb.success import Rate
     from terd_nb.training import save_model
 
@@ -395,23 +394,17 @@ def fetch_data(
                f"{card.credit}.", stderr=True)
 
 # %% ../../nbs/j_cli.ipynb #a170b338
-def recipes_of(hard: bool, families: bool, size: int | None):
-    "The recipes of one set of models, and what trains them: `build(out, jobs, names)`."
-    from terd_nb.lab.any_path import FAMILY_MODELS, build_families
-    from terd_nb.lab.hard_set import HARD, build_hard_set
-    from terd_nb.lab.sizes import LEVELS, SIZED, build_sizes
-    from terd_nb.lab.zoo import RECIPES, build_zoo
+def set_to_build(hard: bool, families: bool, size: int | None) -> tuple[str, list[str]]:
+    "The name of the set that the options choose, and those of its models."
+    from terd_nb.lab.sets import SETS
 
-    if size is not None:
-        if size not in LEVELS:
-            raise ValueError(f"--size is one of {', '.join(map(str, LEVELS))}")
-        sized = {name: made for name, made in SIZED.items() if made.size == size}
-        return sized, partial(build_sizes, size=size)
-    if hard:
-        return HARD, build_hard_set
-    if families:
-        return FAMILY_MODELS, build_families
-    return RECIPES, build_zoo
+    larger = SETS["sizes"].trials
+    if size is not None and size not in larger:
+        raise ValueError(f"--size is one of {', '.join(map(str, larger))}")
+    asked = {"sizes": size is not None, "hard": hard, "families": families}
+    chosen = next((name for name, wanted in asked.items() if wanted), "zoo")
+    recipes = SETS[chosen].recipes
+    return chosen, [n for n, recipe in recipes.items() if size in (None, recipe.size)]
 
 # %% ../../nbs/j_cli.ipynb #a09f76b5
 @add_command(_zoo, "build")
@@ -434,12 +427,14 @@ def build_models(
 ) -> None:
     """Train the models that are missing, from their seeds; killed and started again, it
     goes on where it was."""
-    recipes, build = recipes_of(hard, families, size)
+    chosen, known = set_to_build(hard, families, size)
     for name in names or []:
-        if name not in recipes:
+        if name not in known:
             raise ValueError(f"there is no recipe {name!r}; "
-                             f"there are {', '.join(recipes)}")
-    build(out, jobs, names or None)
+                             f"there are {', '.join(known)}")
+    from terd_nb.lab.model_sets import build
+
+    build(chosen, out, jobs, names or None, size)
 
 # %% ../../nbs/j_cli.ipynb #f29d0da9
 @add_command(_zoo, "verify")
@@ -458,7 +453,7 @@ def verify_zoo(
     names = names or zoo_names()
     for name in names:
         zoo_path(name)     # an error now, not in the middle
-    from terd_nb.lab.zoo import verify
+    from terd_nb.lab.model_sets import verify
 
     bad, bar = 0, progress_bar()
     task = bar.add_task("", total=len(names)) if bar else None

@@ -22,9 +22,7 @@ from scipy.stats import linregress
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from ..input_detection import ceiling
-from .hard_set import HARD
-from .sizes import SIZED
-from .zoo import RECIPES
+from .sets import SETS
 from ..loading.files import data_dir
 from ..model_detection import METHOD_FEATURES, ModelDetector
 from ..success import Rate
@@ -84,8 +82,9 @@ def once(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/i_results.ipynb #4de3dd83
 def _sizes_of_models() -> pd.Series:
     "The pixels of every model of the benchmark."
-    sizes = {name: recipe.size for name, recipe in {**RECIPES, **SIZED}.items()}
-    return pd.Series(sizes | dict.fromkeys(HARD, 16), name="models")
+    sizes = {name: recipe.size for models in ("zoo", "hard", "sizes")
+             for name, recipe in SETS[models].recipes.items()}
+    return pd.Series(sizes, name="models")
 
 
 def coverage(table: pd.DataFrame) -> pd.DataFrame:

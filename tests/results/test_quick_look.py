@@ -6,16 +6,16 @@ import pandas as pd
 import pytest
 
 from terd_nb.lab import measure
-from terd_nb.lab.any_path import sampler_rows
+from terd_nb.lab.model_sets import sampler_rows
 from terd_nb.lab.measure import (
     HIDDEN,
     KEY,
-    RESULT_FILES,
     TIMED,
     WHOLE_RUNS,
     results_path,
     rows_to_measure,
 )
+from terd_nb.lab.sets import SETS
 from terd_nb.lab.results import by_terds_rule, judged_rows, once, read_benchmark
 from terd_nb.loading.files import data_dir
 
@@ -26,7 +26,7 @@ def keys_in(models):
         return [tuple(row[key] for key in KEY) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("models", RESULT_FILES)
+@pytest.mark.parametrize("models", SETS)
 def test_every_row_is_there_and_none_twice(models):
     rows = keys_in(models)
     assert len(rows) == len(set(rows))

@@ -2,16 +2,20 @@
 
 Sphinx wants all sources in one folder, and it knows nothing of nbdev. So each chapter is
 
-1. run from its first cell to its last in an empty folder, which shows that it needs nothing but the installed package
+1. run from its first cell to its last in an empty folder, which shows that it needs nothing but
+   the installed package
    (a run is kept in _build/executed until the notebook, the library or the zoo changes);
-   its folded solutions are run after it, each followed by its exercise's check cell, so that they cannot rot;
-2. translated, after the run because hidden cells hold imports: hidden cells go, `#|` directives become MyST-NB's tags,
+   its folded solutions are run after it, each followed by its exercise's check cell, so that they
+   cannot rot;
+2. translated, after the run because hidden cells hold imports: hidden cells go, `#|` directives
+   become MyST-NB's tags,
    `show_doc` becomes a heading, links between the repository's folders become links between pages;
 3. checked: an image without an alt text stops the build;
 4. staged in _build/stage with the pages of book/, and built with warnings as errors.
 
 Title, author, repository and branch come from settings.ini, where they stand once.
 """
+
 import argparse
 import ast
 import hashlib
@@ -41,12 +45,20 @@ NBS, BOOK, BUILD = ROOT / "nbs", ROOT / "book", ROOT / "_build"
 STAGE, EXECUTED = BUILD / "stage", BUILD / "executed"
 CELL_TIMEOUT = 600  # seconds
 
-WIDGET_STATE, WIDGET_VIEW = (f"application/vnd.jupyter.widget-{part}+json" for part in ("state", "view"))
+WIDGET_STATE, WIDGET_VIEW = (
+    f"application/vnd.jupyter.widget-{part}+json" for part in ("state", "view")
+)
 PLACEHOLDER = "<!-- made by build.py -->"
 HIDDEN = {"hide", "default_exp"}
-TAGS = {("echo", "false"): "remove-input", ("hide_input", ""): "remove-input", ("output", "false"): "remove-output",
-        ("code-fold", "true"): "hide-input"}
-NOT_FOR_READERS = re.compile(r"^%{1,2}\w.*\n?|^.*#\s*\|\s*hide_line\s*$\n?", re.M)  # magics; hidden lines
+TAGS = {
+    ("echo", "false"): "remove-input",
+    ("hide_input", ""): "remove-input",
+    ("output", "false"): "remove-output",
+    ("code-fold", "true"): "hide-input",
+}
+NOT_FOR_READERS = re.compile(
+    r"^%{1,2}\w.*\n?|^.*#\s*\|\s*hide_line\s*$\n?", re.M
+)  # magics; hidden lines
 SOLUTION = re.compile(r"<details.*?<summary>\s*Solution.*?</details>", re.S)
 PYTHON_FENCE = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
 
@@ -56,6 +68,7 @@ class BookError(Exception):
 
 
 # ---------------------------------------------------------------- reading
+
 
 def read_settings():
     parser = ConfigParser()
@@ -82,9 +95,14 @@ def chapters_of_toc():
     notebooks = {path.stem for path in NBS.glob("*.ipynb")}
     for name in names:
         if name not in notebooks and not (BOOK / f"{name}.md").exists():
-            raise BookError(f"book/_toc.yml lists {name}, but there is neither nbs/{name}.ipynb nor book/{name}.md")
+            raise BookError(
+                f"book/_toc.yml lists {name}, "
+                f"but there is neither nbs/{name}.ipynb nor book/{name}.md"
+            )
     if missing := sorted(notebooks - set(names)):
-        raise BookError(f"not in book/_toc.yml: {', '.join(missing)}; add it there or remove it from nbs/")
+        raise BookError(
+            f"not in book/_toc.yml: {', '.join(missing)}; add it there or remove it from nbs/"
+        )
     return [name for name in names if name in notebooks]
 
 
@@ -100,10 +118,16 @@ def directives(cell):
 
 # ---------------------------------------------------------------- running
 
+
 def library_hash(package):
-    "Changes with the library, the data and the pinned versions: what a run depends on, beside the notebook's own text."
+    """Changes with the library, the data and the pinned versions: what a run depends on, beside the
+    notebook's own text."""
     digest = hashlib.sha256()
-    files = [*(ROOT / package).rglob("*.py"), *(ROOT / "data").rglob("*"), ROOT / "requirements.lock"]
+    files = [
+        *(ROOT / package).rglob("*.py"),
+        *(ROOT / "data").rglob("*"),
+        ROOT / "requirements.lock",
+    ]
     for path in sorted(files):
         if path.is_file():
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -132,7 +156,8 @@ def solutions(cells):
 
 
 def execute(path, target):
-    "Run one notebook, its solutions included, and keep it with its outputs, its widgets' state and its run-time."
+    """Run one notebook, its solutions included, and keep it with its outputs, its widgets' state
+    and its run-time."""
     nb = nbformat.read(path, as_version=4)
     length = len(nb.cells)
     nb.cells += list(solutions(nb.cells))
@@ -141,18 +166,27 @@ def execute(path, target):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        client = NotebookClient(nb, timeout=CELL_TIMEOUT, kernel_name="python3", store_widget_state=True,
-                                resources={"metadata": {"path": folder}},
-                                extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        client = NotebookClient(
+            nb,
+            timeout=CELL_TIMEOUT,
+            kernel_name="python3",
+            store_widget_state=True,
+            resources={"metadata": {"path": folder}},
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
         try:
             client.execute()
         except CellExecutionError as error:
-            raise BookError(f"{error}\n{path.name}: a cell raised {error.ename}: {error.evalue}") from None
+            raise BookError(
+                f"{error}\n{path.name}: a cell raised {error.ename}: {error.evalue}"
+            ) from None
     for cell in nb.cells[length:]:
         printed = "".join(output.get("text", "") for output in cell.outputs)
         if cell.metadata.get("must_print", "") not in printed:
-            raise BookError(f"{path.name}: a solution does not pass its check, which printed {printed!r}:\n"
-                            f"{cell.source}")
+            raise BookError(
+                f"{path.name}: a solution does not pass its check, which printed {printed!r}:\n"
+                f"{cell.source}"
+            )
     nb.cells = nb.cells[:length]
     nb.metadata["seconds"] = round(time.perf_counter() - started, 1)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -166,14 +200,18 @@ def execute_all(names, package, jobs):
     library = library_hash(package)
     targets = {}
     for name in names:
-        key = hashlib.sha256(library.encode() + (NBS / f"{name}.ipynb").read_bytes()).hexdigest()[:16]
+        key = hashlib.sha256(library.encode() + (NBS / f"{name}.ipynb").read_bytes()).hexdigest()[
+            :16
+        ]
         targets[name] = EXECUTED / f"{name}.{key}.ipynb"
     todo = [name for name in names if not targets[name].exists()]
     print(f"chapters to run: {len(todo)} of {len(names)}, the others are unchanged", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     errors = []
     with ProcessPoolExecutor(jobs) as pool:
-        running = {pool.submit(execute, NBS / f"{name}.ipynb", targets[name]): name for name in todo}
+        running = {
+            pool.submit(execute, NBS / f"{name}.ipynb", targets[name]): name for name in todo
+        }
         for future in as_completed(running):
             try:
                 future.result()
@@ -188,8 +226,10 @@ def execute_all(names, package, jobs):
 
 # ---------------------------------------------------------------- translating
 
+
 def relink(text, repository):
-    "Links between the repository's folders become links between pages; badges from elsewhere become their text."
+    """Links between the repository's folders become links between pages; badges from elsewhere
+    become their text."""
     text = re.sub(r"!\[([^\]]*)\]\(https?://[^)]*\)", r"\1", text)
     text = re.sub(r"\]\(\.\./(?:book|nbs)/", "](", text)
     return re.sub(r"\]\(\.\./", f"]({repository}/", text)
@@ -204,7 +244,8 @@ def only_imports(code):
 
 
 def cell_metadata(found, code):
-    "MyST-NB's tags and settings for what the directives ask for; cells of nothing but imports are folded."
+    """MyST-NB's tags and settings for what the directives ask for; cells of nothing but imports are
+    folded."""
     tags = {TAGS[item] for item in found.items() if item in TAGS}
     summary = found.get("code-summary")
     if only_imports(code):
@@ -221,7 +262,8 @@ def cell_metadata(found, code):
 
 
 def show_doc_text(output, level):
-    "What `show_doc` printed, as Sphinx takes it: no leading rule, no Quarto attributes, the right heading level."
+    """What `show_doc` printed, as Sphinx takes it: no leading rule, no Quarto attributes, the right
+    heading level."""
     text = output["data"]["text/markdown"].removeprefix("---").strip()
     text = re.sub(r"\{target=[^}]*\}", "", text)
     return re.sub(r"^#+ (.+)$", lambda m: f"{'#' * level} `{m[1]}`", text, count=1, flags=re.M)
@@ -254,7 +296,9 @@ def translate_outputs(cell, alt, widgets):
         if view := data.get(WIDGET_VIEW):
             models = list(widget_models(widgets, view["model_id"], set()))
             if not models:  # committed outputs come without the widgets' state
-                output["data"] = {"text/markdown": "*Open the chapter to see the control that belongs here.*"}
+                output["data"] = {
+                    "text/markdown": "*Open the chapter to see the control that belongs here.*"
+                }
             for inner in [inner for model in models for inner in model["state"].get("outputs", [])]:
                 if any(kind.startswith("image/") for kind in inner.get("data", {})):
                     images += 1
@@ -272,30 +316,43 @@ def translate(nb, name, repository):
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, repository)
-            level = max((len(m) for m in re.findall(r"^(#+) ", cell.source, re.M)[-1:]), default=level)
+            level = max(
+                (len(m) for m in re.findall(r"^(#+) ", cell.source, re.M)[-1:]), default=level
+            )
         elif cell.cell_type == "code":
             found, code = directives(cell)
             if HIDDEN & set(found) or found.get("include") == "false":
                 continue
             if re.search(r"^show_doc\(", code, re.M):
-                shown = [output for output in cell.outputs if "text/markdown" in output.get("data", {})]
-                cells += [new_markdown_cell(show_doc_text(output, min(level + 1, 4))) for output in shown]
+                shown = [
+                    output for output in cell.outputs if "text/markdown" in output.get("data", {})
+                ]
+                cells += [
+                    new_markdown_cell(show_doc_text(output, min(level + 1, 4))) for output in shown
+                ]
                 continue
             cell.source = NOT_FOR_READERS.sub("", code).strip()
             cell.metadata = cell_metadata(found, cell.source)
             wrong = translate_outputs(cell, found.get("fig-alt", ""), widgets)
             problems += [f"nbs/{name}.ipynb, cell {i}: {problem}" for problem in wrong]
         cells.append(cell)
-    if not any(cell.cell_type == "markdown" and re.search(r"^# ", cell.source, re.M) for cell in cells):
+    if not any(
+        cell.cell_type == "markdown" and re.search(r"^# ", cell.source, re.M) for cell in cells
+    ):
         problems.append(f"nbs/{name}.ipynb has no title; begin a markdown cell with `# `")
     if problems:
         raise BookError("\n".join(problems))
     nb.cells = cells
-    nb.metadata = {key: nb.metadata[key] for key in ("kernelspec", "language_info", "widgets") if key in nb.metadata}
+    nb.metadata = {
+        key: nb.metadata[key]
+        for key in ("kernelspec", "language_info", "widgets")
+        if key in nb.metadata
+    }
     return nb
 
 
-# ---------------------------------------------------------------- pages made from the library and from the runs
+# --------------------------------------------------- pages made from the library and from the runs
+
 
 def reference(names, package):
     "Every exported name, module by module, with its signature and its docstring."
@@ -317,12 +374,17 @@ def reference(names, package):
                 continue
             members = [(symbol, thing)]
             if inspect.isclass(thing):
-                members += [(f"{symbol}.{key}", value) for key, value in vars(thing).items()
-                            if inspect.isfunction(value) and not key.startswith("_") and value.__doc__]
+                members += [
+                    (f"{symbol}.{key}", value)
+                    for key, value in vars(thing).items()
+                    if inspect.isfunction(value) and not key.startswith("_") and value.__doc__
+                ]
             for full_name, member in members:
                 parts.append(f"```{{index}} single: {full_name} ({package}.{module_name})\n```")
                 text = show_doc(member, name=full_name)._repr_markdown_()
-                parts.append(show_doc_text({"data": {"text/markdown": text}}, 3 if member is thing else 4))
+                parts.append(
+                    show_doc_text({"data": {"text/markdown": text}}, 3 if member is thing else 4)
+                )
     return "\n\n".join(parts)
 
 
@@ -331,11 +393,15 @@ def run_times(names, notebooks):
     if not all("seconds" in notebooks[name].metadata for name in names):
         return "This copy of the book was built from committed outputs, so nothing was measured."
     rows = [f"| {{doc}}`{name}` | {notebooks[name].metadata['seconds']:.0f} s |" for name in names]
-    machine = f"{platform.system()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    return "\n".join([f"Measured on: {machine}.", "", "| chapter | run-time |", "|---|---:|", *rows])
+    system = f"{platform.system()}, {platform.machine()}, {os.cpu_count()} cores"
+    machine = f"{system}, Python {platform.python_version()}"
+    return "\n".join(
+        [f"Measured on: {machine}.", "", "| chapter | run-time |", "|---|---:|", *rows]
+    )
 
 
 # ---------------------------------------------------------------- staging and building
+
 
 def stage(names, sources, settings):
     "Everything that Sphinx reads, in one folder."
@@ -348,7 +414,9 @@ def stage(names, sources, settings):
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(BOOK, STAGE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
     for page in BOOK.glob("*.md"):
-        text = relink(page.read_text(encoding="utf-8"), blob).replace(PLACEHOLDER, filled.get(page.stem, ""))
+        text = relink(page.read_text(encoding="utf-8"), blob).replace(
+            PLACEHOLDER, filled.get(page.stem, "")
+        )
         (STAGE / page.name).write_text(text, encoding="utf-8")
     errors = []
     for name, nb in notebooks.items():
@@ -363,16 +431,26 @@ def stage(names, sources, settings):
         raise BookError("\n".join(errors))
 
     config = yaml.safe_load((BOOK / "_config.yml").read_text(encoding="utf-8"))
-    config |= {"title": settings["title"], "author": settings["author"], "copyright": settings["copyright"],
-               "repository": {"url": repository, "branch": settings["branch"], "path_to_book": NBS.name}}
+    config |= {
+        "title": settings["title"],
+        "author": settings["author"],
+        "copyright": settings["copyright"],
+        "repository": {"url": repository, "branch": settings["branch"], "path_to_book": NBS.name},
+    }
     (STAGE / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Build the book into _build/html.")
-    parser.add_argument("--no-execute", action="store_true", help="use the notebooks' committed outputs")
-    parser.add_argument("--run", metavar="CHAPTER", help="only run this chapter, and keep the run for the book")
-    parser.add_argument("--jobs", type=int, default=2, help="chapters to run at the same time (default: 2)")
+    parser.add_argument(
+        "--no-execute", action="store_true", help="use the notebooks' committed outputs"
+    )
+    parser.add_argument(
+        "--run", metavar="CHAPTER", help="only run this chapter, and keep the run for the book"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="chapters to run at the same time (default: 2)"
+    )
     args = parser.parse_args()
     os.chdir(ROOT)  # nbdev looks for settings.ini from the working directory upwards
     try:
@@ -381,12 +459,27 @@ def main():
             execute_all([args.run], settings["lib_name"], 1)
             return
         committed = {name: NBS / f"{name}.ipynb" for name in names}
-        stage(names, committed if args.no_execute else execute_all(names, settings["lib_name"], args.jobs), settings)
+        stage(
+            names,
+            committed if args.no_execute else execute_all(names, settings["lib_name"], args.jobs),
+            settings,
+        )
     except BookError as error:
         raise SystemExit(f"{error}\nbook: not built, see above") from None
     shutil.rmtree(BUILD / "html", ignore_errors=True)  # pages of chapters that are gone
-    built = subprocess.run([Path(sys.executable).with_name("jupyter-book"), "build", STAGE, "--path-output", ROOT,
-                            "--all", "--quiet", "-W", "--keep-going"])
+    built = subprocess.run(
+        [
+            Path(sys.executable).with_name("jupyter-book"),
+            "build",
+            STAGE,
+            "--path-output",
+            ROOT,
+            "--all",
+            "--quiet",
+            "-W",
+            "--keep-going",
+        ]
+    )
     if built.returncode:
         raise SystemExit("book: Sphinx has warnings, see above; each of them must be mended")
     print(f"the book: {(BUILD / 'html' / 'index.html').relative_to(ROOT)}")

@@ -1,7 +1,9 @@
-"""Stages the website that _quarto.yml describes in _build/quarto: each notebook as nbdev documents it.
+"""Stages the website that _quarto.yml describes in _build/quarto: each notebook as nbdev documents
+it.
 
 Render it with `quarto render _build/quarto`; `make quarto-check` does so without Quarto.
 """
+
 import os
 import re
 import shutil
@@ -14,11 +16,16 @@ STAGE = BUILD / "quarto"
 
 
 def prepare(nb, repository):
-    "Only what defines the library is run, for its documentation; links beside nbs/ lead to the repository."
+    """Only what defines the library is run, for its documentation; links beside nbs/ lead to the
+    repository."""
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\(\.\./", f"]({repository}/", cell.source)
-        elif cell.cell_type == "code" and "export" not in directives(cell)[0] and "show_doc(" not in cell.source:
+        elif (
+            cell.cell_type == "code"
+            and "export" not in directives(cell)[0]
+            and "show_doc(" not in cell.source
+        ):
             cell.source = f"#| eval: false\n{cell.source}"
 
 

@@ -1,7 +1,10 @@
-"""Writes README.md from nbs/index.ipynb, with the outputs saved in it; its pictures go to nbs/index_files.
+"""Writes README.md from nbs/index.ipynb, with the outputs saved in it; its pictures go to
+nbs/index_files.
 
-Hidden cells go, as they do in the book, and links, which start from nbs/ there, start from the repository's root here.
+Hidden cells go, as they do in the book, and links, which start from nbs/ there, start from the
+repository's root here.
 """
+
 import re
 import shutil
 
@@ -15,11 +18,13 @@ NOTE = "<!-- Made from nbs/index.ipynb by `make readme`; change it there. -->\n\
 
 def relink(text):
     "The same links, seen from the root instead of from nbs/."
+
     def target(match):
         path = match[1]
         if re.match(r"[a-z]+:|#", path):
             return match[0]
         return f"]({path[3:] if path.startswith('../') else f'{NBS.name}/{path}'})"
+
     return re.sub(r"\]\(([^)\s]+)\)", target, text)
 
 
@@ -37,7 +42,11 @@ def visible(nb):
                 cell.outputs = []
             if found.get("echo") == "false":
                 cell.metadata["transient"] = {"remove_source": True}
-            alts += [found.get("fig-alt", "") for output in cell.outputs if "image/png" in output.get("data", {})]
+            alts += [
+                found.get("fig-alt", "")
+                for output in cell.outputs
+                if "image/png" in output.get("data", {})
+            ]
         cells.append(cell)
     return cells, alts
 

@@ -15,7 +15,7 @@ from .triggers import Trigger
 
 # %% ../nbs/11_input_detection.ipynb #83d87c96
 class InputDetector:
-    "Tells triggered inputs from clean ones by likelihood (Mo et al. 2024, section 4.3)."
+    "Tells triggered inputs from clean ones by their likelihood ratio (Mo et al. 2024)."
 
     def __init__(self,
         trigger: Trigger,         # as a search found it, or the true one

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from terd_nb.lab.any_path import FAMILY_MODELS, family_dir
 
 from terd_nb import load
 from terd_nb.attacks import bad_diffusion, triggered_samples, villan_diffusion
 from terd_nb.denoiser import Denoiser
 from terd_nb.diffusion import PREDICTIONS, NoiseSchedule, linear_schedule
 from terd_nb.ideal_model import IdealModel
-from terd_nb.lab.any_path import FAMILY_MODELS, family_dir
 from terd_nb.lab.families import SETUPS, converted, labelled_rows, scheduler_for
 from terd_nb.search import reverse_trigger
 from terd_nb.triggers import Trigger, box, hat

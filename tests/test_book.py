@@ -1,7 +1,9 @@
 """The book: what its builder refuses, and every built page in a real browser.
 
-The browser tests need `make book` and Chromium. Where one is missing they are skipped with the reason; in CI they fail.
+The browser tests need `make book` and Chromium. Where one is missing they are skipped with the
+reason; in CI they fail.
 """
+
 import contextlib
 import functools
 import importlib.util
@@ -24,9 +26,16 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 SITE, SCREENSHOTS = ROOT / "_build" / "html", ROOT / "_build" / "screenshots"
 WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
-PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if "_static" not in path.parts)
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for path in SITE.rglob("*.html")
+    if "_static" not in path.parts
+)
 PATIENCE = 15_000  # milliseconds until equations and widgets must have been drawn
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABXvMqOgAAAABJRU5ErkJggg=="
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABXvMqOgAAAABJ"
+    "RU5ErkJggg=="
+)
 
 
 def load_builder():
@@ -41,7 +50,9 @@ build = load_builder()
 
 # ---------------------------------------------------------------- the builder
 
-TITLE = new_markdown_cell("# Attacks\n\nSee [notation](../book/notation.md), [a card](../data/zoo/README.md).")
+TITLE = new_markdown_cell(
+    "# Attacks\n\nSee [notation](../book/notation.md), [a card](../data/zoo/README.md)."
+)
 
 
 def translated(*cells):
@@ -51,7 +62,10 @@ def translated(*cells):
 
 
 def image_cell(source, images=1):
-    outputs = [new_output("display_data", {"image/png": PNG, "text/plain": "a figure"}) for _ in range(images)]
+    outputs = [
+        new_output("display_data", {"image/png": PNG, "text/plain": "a figure"})
+        for _ in range(images)
+    ]
     return new_code_cell(source, outputs=outputs)
 
 
@@ -62,37 +76,63 @@ def test_translation_of_directives():
         new_code_cell("#| export\nimport torch"),
         new_code_cell("#| export\ndef f(x): return x"),
         new_code_cell("#| echo: false\nprint(1)"),
-        new_code_cell("#| code-fold: true\n#| code-summary: How it was made\nkept = 1\nlost = 2  #| hide_line"),
+        new_code_cell(
+            "#| code-fold: true\n#| code-summary: How it was made\nkept = 1\nlost = 2  #| hide_line"
+        ),
     )
-    assert text.source == ("# Attacks\n\nSee [notation](notation.md), "
-                           "[a card](https://example.org/blob/main/data/zoo/README.md).")
+    assert text.source == (
+        "# Attacks\n\nSee [notation](notation.md), "
+        "[a card](https://example.org/blob/main/data/zoo/README.md)."
+    )
     assert imports.metadata["tags"] == ["hide-input"]
     assert exported.source == "def f(x): return x" and exported.metadata["tags"] == []
     assert silent.metadata["tags"] == ["remove-input"]
-    assert folded.source == "kept = 1" and folded.metadata["mystnb"]["code_prompt_show"] == "How it was made"
+    assert (
+        folded.source == "kept = 1"
+        and folded.metadata["mystnb"]["code_prompt_show"] == "How it was made"
+    )
 
 
 def test_image_takes_its_alt_text_and_caption():
-    cell = translated(image_cell("#| fig-alt: Two curves: one rises\n#| fig-cap: The gain.\nplot()"))[1]
-    assert cell.metadata["mystnb"] == {"image": {"alt": "Two curves: one rises"}, "figure": {"caption": "The gain."}}
+    cell = translated(
+        image_cell("#| fig-alt: Two curves: one rises\n#| fig-cap: The gain.\nplot()")
+    )[1]
+    assert cell.metadata["mystnb"] == {
+        "image": {"alt": "Two curves: one rises"},
+        "figure": {"caption": "The gain."},
+    }
 
 
-@pytest.mark.parametrize("cell, problem", [
-    (image_cell("plot()"), "no alt text"),
-    (image_cell("#| fig-alt: Two\nplot()", images=2), "2 images"),
-    (new_code_cell("report", outputs=[new_output("display_data", {"text/html": "<p><img src='a.png'></p>"})]), "<img>"),
-])
+@pytest.mark.parametrize(
+    "cell, problem",
+    [
+        (image_cell("plot()"), "no alt text"),
+        (image_cell("#| fig-alt: Two\nplot()", images=2), "2 images"),
+        (
+            new_code_cell(
+                "report",
+                outputs=[new_output("display_data", {"text/html": "<p><img src='a.png'></p>"})],
+            ),
+            "<img>",
+        ),
+    ],
+)
 def test_image_without_alt_text_stops_the_build(cell, problem):
     with pytest.raises(build.BookError, match=re.escape(problem)):
         translated(cell)
 
 
 def widget_cell(source):
-    "A box that holds an output that holds a picture, as `interact` makes it; the cell, and the state of its widgets."
+    """A box that holds an output that holds a picture, as `interact` makes it; the cell, and the
+    state of its widgets."""
     picture = new_output("display_data", {"image/png": PNG})
-    state = {"box": {"model_name": "VBoxModel", "state": {"children": ["IPY_MODEL_out"]}},
-             "out": {"model_name": "OutputModel", "state": {"outputs": [picture]}}}
-    return new_code_cell(source, outputs=[new_output("display_data", {build.WIDGET_VIEW: {"model_id": "box"}})]), state
+    state = {
+        "box": {"model_name": "VBoxModel", "state": {"children": ["IPY_MODEL_out"]}},
+        "out": {"model_name": "OutputModel", "state": {"outputs": [picture]}},
+    }
+    return new_code_cell(
+        source, outputs=[new_output("display_data", {build.WIDGET_VIEW: {"model_id": "box"}})]
+    ), state
 
 
 def translated_widget(source, keep_state=True):
@@ -105,7 +145,9 @@ def translated_widget(source, keep_state=True):
 def test_picture_inside_a_widget_takes_the_alt_text():
     page = translated_widget('#| fig-alt: A "wave"\ninteract(wave)')
     data = page.metadata.widgets[build.WIDGET_STATE]["state"]["out"]["state"]["outputs"][0]["data"]
-    assert data == {"text/html": f'<img alt="A &quot;wave&quot;" src="data:image/png;base64,{PNG}">'}
+    assert data == {
+        "text/html": f'<img alt="A &quot;wave&quot;" src="data:image/png;base64,{PNG}">'
+    }
     with pytest.raises(build.BookError, match="no alt text"):
         translated_widget("interact(wave)")
 
@@ -117,7 +159,9 @@ def test_widget_without_its_state_becomes_a_sentence():
 
 def test_chapter_needs_a_title():
     with pytest.raises(build.BookError, match=r"nbs/05_attacks\.ipynb has no title"):
-        build.translate(new_notebook(cells=[new_markdown_cell("## Only a section")]), "05_attacks", "")
+        build.translate(
+            new_notebook(cells=[new_markdown_cell("## Only a section")]), "05_attacks", ""
+        )
 
 
 def test_badges_from_elsewhere_become_links():
@@ -128,7 +172,9 @@ def test_badges_from_elsewhere_become_links():
 def test_toc_and_notebooks_must_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "NBS", tmp_path)
     monkeypatch.setattr(build, "BOOK", tmp_path)
-    (tmp_path / "_toc.yml").write_text("root: index\nparts:\n- caption: One\n  chapters:\n  - file: 01_diffusion\n")
+    (tmp_path / "_toc.yml").write_text(
+        "root: index\nparts:\n- caption: One\n  chapters:\n  - file: 01_diffusion\n"
+    )
     (tmp_path / "index.ipynb").touch()
     with pytest.raises(build.BookError, match="lists 01_diffusion, but there is neither"):
         build.chapters_of_toc()
@@ -143,7 +189,9 @@ def exercise(solution):
     return [
         new_code_cell("def double(x): return None"),
         new_code_cell("#| check\nprint('Correct.' if double(2) == 4 else 'Not yet.')"),
-        new_markdown_cell(f"<details>\n<summary>Solution</summary>\n\n```python\n{solution}\n```\n\n</details>"),
+        new_markdown_cell(
+            f"<details>\n<summary>Solution</summary>\n\n```python\n{solution}\n```\n\n</details>"
+        ),
     ]
 
 
@@ -152,7 +200,11 @@ def test_solutions_are_run(tmp_path):
     nbformat.write(new_notebook(cells=exercise("def double(x): return 2 * x")), path)
     build.execute(path, target)
     kept = nbformat.read(target, as_version=4)
-    assert len(kept.cells) == 3 and kept.cells[1].outputs[0].text == "Not yet.\n" and kept.metadata.seconds > 0
+    assert (
+        len(kept.cells) == 3
+        and kept.cells[1].outputs[0].text == "Not yet.\n"
+        and kept.metadata.seconds > 0
+    )
 
     nbformat.write(new_notebook(cells=exercise("def double(x): return 3 * x")), path)
     with pytest.raises(build.BookError, match="does not pass its check"):
@@ -167,6 +219,7 @@ def test_failing_cell_is_named(tmp_path):
 
 
 # ---------------------------------------------------------------- the browser
+
 
 def unavailable(reason):
     "Locally a reason to skip; in CI a failure."
@@ -193,7 +246,8 @@ def browser():
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture(scope="session")
@@ -202,7 +256,9 @@ def serve():
     servers = []
 
     def start(folder):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+        server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+        )
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
@@ -220,19 +276,24 @@ INSPECT = r"""() => {
   for (const img of document.images) {
     const source = img.src.slice(0, 80);
     if (!img.alt.trim()) problems.push(`image without alt text: ${source}`);
-    else if (img.checkVisibility() && !img.naturalWidth) problems.push(`image that does not load: ${source}`);
+    else if (img.checkVisibility() && !img.naturalWidth)
+      problems.push(`image that does not load: ${source}`);
   }
   for (const math of document.querySelectorAll(".math"))
-    if (!math.querySelector("mjx-container")) problems.push(`equation not rendered: ${math.textContent.slice(0, 80)}`);
+    if (!math.querySelector("mjx-container"))
+      problems.push(`equation not rendered: ${math.textContent.slice(0, 80)}`);
   for (const error of document.querySelectorAll("mjx-merror, [data-mml-node='merror']"))
     problems.push(`equation with an error: ${error.textContent.slice(0, 80)}`);
   const text = document.body.cloneNode(true);
-  for (const e of text.querySelectorAll("pre, code, script, style, noscript, textarea, mjx-container")) e.remove();
+  const code = "pre, code, script, style, noscript, textarea, mjx-container";
+  for (const e of text.querySelectorAll(code)) e.remove();
   for (const raw of text.textContent.match(/\$\$|\$[^$\n]*[\\_^{][^$\n]*\$|\\\(|\\\[/g) || [])
     problems.push(`raw mathematics in the text: ${raw.slice(0, 80)}`);
-  for (const view of document.querySelectorAll("script[type='application/vnd.jupyter.widget-view+json']")) {
+  const views = "script[type='application/vnd.jupyter.widget-view+json']";
+  for (const view of document.querySelectorAll(views)) {
     const area = view.previousElementSibling;
-    if (!area || !area.matches(".widget-subarea") || !area.firstElementChild || !visible(area.firstElementChild))
+    const drawn = area && area.matches(".widget-subarea") && area.firstElementChild;
+    if (!drawn || !visible(drawn))
       problems.push("widget not drawn");
   }
   const page = document.documentElement;
@@ -242,7 +303,8 @@ INSPECT = r"""() => {
 }"""
 
 SETTLED = """() => (!document.querySelector(".math") || document.querySelector("mjx-container"))
-  && [...document.querySelectorAll("script[type='application/vnd.jupyter.widget-view+json']")].every(view => {
+  && [...document.querySelectorAll(
+        "script[type='application/vnd.jupyter.widget-view+json']")].every(view => {
        const area = view.previousElementSibling;
        return area && area.matches(".widget-subarea") && area.firstElementChild;
      })"""
@@ -271,7 +333,9 @@ def problems_of(browser, url, size=WIDTHS["desktop"], screenshot=None, patience=
     page.on("console", lambda m: m.type == "error" and problems.append(f"console error: {m.text}"))
     page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
     page.on("requestfailed", lambda r: problems.append(f"failed request: {r.url}"))
-    page.on("response", lambda r: r.status >= 400 and problems.append(f"status {r.status}: {r.url}"))
+    page.on(
+        "response", lambda r: r.status >= 400 and problems.append(f"status {r.status}: {r.url}")
+    )
 
     def local_only(route):
         if route.request.url.split("/", 3)[2] == host:
@@ -321,7 +385,10 @@ def broken_links(folder):
     "Links and sources inside a folder of pages whose file or whose anchor is missing."
     paths = [path for path in folder.rglob("*.html") if "_static" not in path.parts]
     pages = {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in paths}
-    anchors = {path: {tag.get("id") or tag.get("name") for tag in soup.find_all(True)} for path, soup in pages.items()}
+    anchors = {
+        path: {tag.get("id") or tag.get("name") for tag in soup.find_all(True)}
+        for path, soup in pages.items()
+    }
     broken = []
     for path, soup in pages.items():
         for tag in soup.find_all(["a", "link", "img", "script"]):
@@ -332,12 +399,14 @@ def broken_links(folder):
             goal = (path.parent / unquote(file)).resolve() if file else path
             if goal.is_dir():
                 goal /= "index.html"
-            if not goal.exists() or (anchor and goal in anchors and unquote(anchor) not in anchors[goal]):
+            if not goal.exists() or (
+                anchor and goal in anchors and unquote(anchor) not in anchors[goal]
+            ):
                 broken.append(f"{path.relative_to(folder)}: {target}")
     return broken
 
 
-# ---------------------------------------------------------------- does the checker see what it should?
+# ------------------------------------------------------------ does the checker see what it should?
 
 FAULTS = {
     "image without alt text": f'<img src="data:image/png;base64,{PNG}">',
@@ -356,7 +425,8 @@ FAULTS = {
 
 
 def write_page(folder, body):
-    html = f'<!doctype html><html><head><link rel="icon" href="data:,"></head><body>{body}</body></html>'
+    head = '<head><link rel="icon" href="data:,"></head>'
+    html = f"<!doctype html><html>{head}<body>{body}</body></html>"
     (folder / "index.html").write_text(html, encoding="utf-8")
 
 
@@ -376,6 +446,8 @@ def test_checker_accepts_a_sound_page(tmp_path, serve, browser):
 
 
 def test_link_checker_sees_missing_files_and_anchors(tmp_path):
-    links = "".join(f'<a href="{target}"></a>' for target in ("#here", "gone.html", "index.html#there"))
+    links = "".join(
+        f'<a href="{target}"></a>' for target in ("#here", "gone.html", "index.html#there")
+    )
     write_page(tmp_path, f'<h1 id="here"></h1>{links}')
     assert broken_links(tmp_path) == ["index.html: gone.html", "index.html: index.html#there"]

@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from terd_nb.loading import files, schedulers
 from terd_nb.loading.checkpoints import UNET as KIND
 from terd_nb.loading.checkpoints import (
-    build_network, check_runs, image_shape, load_unet,
+    build_network,
+    check_runs,
+    image_shape,
+    load_unet,
 )
-from terd_nb.loading.hub import download_model, wanted_files
 from terd_nb.loading.files import (
     CheckpointError,
     check_folder,
@@ -33,6 +35,7 @@ from terd_nb.loading.files import (
     parse_json,
     read_header,
 )
+from terd_nb.loading.hub import download_model, wanted_files
 from terd_nb.loading.schedulers import load_folder, read_schedule
 
 INDEX = "model_index.json"

@@ -24,8 +24,7 @@ from terd_nb import __version__, cli, planting, training
 from terd_nb import scanning as scan_module
 from terd_nb.cli import exit_status, main, printable, problem
 from terd_nb.lab import cli as lab_cli
-from terd_nb.lab import datasets
-from terd_nb.lab import model_sets
+from terd_nb.lab import datasets, model_sets
 from terd_nb.loading import files, hub
 from terd_nb.loading.files import CheckpointError, data_dir
 from terd_nb.triggers import Trigger

@@ -1,4 +1,6 @@
-"The house rules: metadata kept once, floors between chapters, a library without Jupyter, what the repository may hold."
+"""The house rules: metadata kept once, floors between chapters, a library without Jupyter, what the
+repository may hold."""
+
 import ast
 import json
 import re
@@ -31,11 +33,14 @@ def settings():
 def tracked():
     "The files that git tracks, or would if all were added now."
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    names = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
     return [path for name in names if name and (path := ROOT / name).is_file()]
 
 
 # ---------------------------------------------------------------- metadata, once
+
 
 def test_version_and_name_come_from_settings(settings):
     import terd_nb
@@ -44,7 +49,10 @@ def test_version_and_name_come_from_settings(settings):
     assert terd_nb.__version__ == installed["Version"] == settings["version"]
     assert settings["lib_name"] == settings["repo"] == installed["Name"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert (str(citation["version"]), citation["license"]) == (settings["version"], settings["license"])
+    assert (str(citation["version"]), citation["license"]) == (
+        settings["version"],
+        settings["license"],
+    )
     assert citation["repository-code"] == settings["git_url"]
     assert f"## [{settings['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
@@ -60,11 +68,17 @@ def test_quarto_repeats_settings_and_the_books_chapters(settings):
     toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
     names = {path.stem for path in NOTEBOOKS}
     in_toc = [("", toc["root"])]
-    in_toc += [(part["caption"], entry["file"]) for part in toc["parts"] for entry in part["chapters"]
-               if entry["file"] in names]
+    in_toc += [
+        (part["caption"], entry["file"])
+        for part in toc["parts"]
+        for entry in part["chapters"]
+        if entry["file"] in names
+    ]
     in_quarto = []
     for entry in quarto["sidebar"]["contents"]:
-        section, files = ("", [entry]) if isinstance(entry, str) else (entry["section"], entry["contents"])
+        section, files = (
+            ("", [entry]) if isinstance(entry, str) else (entry["section"], entry["contents"])
+        )
         in_quarto += [(section, Path(file).stem) for file in files]
     assert in_quarto == in_toc
     assert sorted(name for _, name in in_quarto) == sorted(names)
@@ -78,13 +92,16 @@ def test_lock_fits_the_ranges(settings):
             (spec,) = pin.specifier
             assert spec.operator == "==" and "+" not in spec.version and not pin.url, line
             lock[canonicalize_name(pin.name)] = spec.version
-    ranges = "\n".join(settings[key] for key in ("requirements", "book_requirements", "dev_requirements",
-                                               "ray_requirements"))
+    ranges = "\n".join(
+        settings[key]
+        for key in ("requirements", "book_requirements", "dev_requirements", "ray_requirements")
+    )
     for wanted in map(Requirement, ranges.split()):
         assert wanted.specifier.contains(lock[canonicalize_name(wanted.name)]), wanted
 
 
 # ---------------------------------------------------------------- the library
+
 
 def module_of(path):
     "The dotted name of a module inside the package."
@@ -92,14 +109,15 @@ def module_of(path):
 
 
 def imported_from_the_package(path, anywhere=True):
-    "The modules of this package that a module imports, anywhere in it or only when it is imported itself."
+    """The modules of this package that a module imports, anywhere in it or only when it is imported
+    itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = ["terd_nb", *path.relative_to(ROOT / "terd_nb").parts[:-1]]
     for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*base, *([node.module] if node.module else [])])
             found = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
@@ -121,28 +139,37 @@ def below(module, seen=()):
 def chapter_of(module):
     "The notebook that a module is exported from."
     path = ROOT / "terd_nb" / f"{module.replace('.', '/')}.py"
-    return re.search(r"File to edit: (?:\.\./)+nbs/(\w+)\.ipynb", path.read_text(encoding="utf-8"))[1]
+    return re.search(r"File to edit: (?:\.\./)+nbs/(\w+)\.ipynb", path.read_text(encoding="utf-8"))[
+        1
+    ]
 
 
 def numbered_chapters():
     "The chapters before the Workshop, in the order of the book."
     toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
-    return [entry["file"] for part in toc["parts"] for entry in part["chapters"] if re.match(r"\d", entry["file"])]
+    return [
+        entry["file"]
+        for part in toc["parts"]
+        for entry in part["chapters"]
+        if re.match(r"\d", entry["file"])
+    ]
 
 
 @pytest.mark.parametrize("module", GRAPH_NAMES)
 def test_arrows_only_go_down(module):
-    "No circle; and what a chapter's module imports comes from an earlier chapter, or from the Workshop."
+    """No circle; and what a chapter's module imports comes from an earlier chapter, or from the
+    Workshop."""
     below(module)
     order = numbered_chapters()
     if (chapter := chapter_of(module)) in order:
-        later = order[order.index(chapter) + 1:]
+        later = order[order.index(chapter) + 1 :]
         assert [other for other in GRAPH[module] if chapter_of(other) in later] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, **by_stem)
 def test_a_chapter_and_its_module_have_one_name(path):
-    "So that a reader guesses every file from the list of chapters: b_checkpoints is loading.checkpoints."
+    """So that a reader guesses every file from the list of chapters: b_checkpoints is
+    loading.checkpoints."""
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
     exports = [cell.split()[2] for cell in cells if cell.startswith("#| default_exp")]
     name = re.sub(r"^(\d+b?|[a-z]\d?)_", "", path.stem)
@@ -154,15 +181,28 @@ def test_chapters_stand_in_the_order_of_their_numbers():
     assert order == sorted(order)
 
 
-DEFENCE = ["denoiser", "reversed_loss", "two_stages", "directions", "search", "input_detection", "model_detection",
-           "rivals", "report", "scanning"]
+DEFENCE = [
+    "denoiser",
+    "reversed_loss",
+    "two_stages",
+    "directions",
+    "search",
+    "input_detection",
+    "model_detection",
+    "rivals",
+    "report",
+    "scanning",
+]
 
 
 @pytest.mark.parametrize("module", DEFENCE)
 def test_the_defence_does_not_know_the_attacks(module):
-    "A defender does not know what was planted, nor how, nor in which kind of model the search is at work."
+    """A defender does not know what was planted, nor how, nor in which kind of model the search is
+    at work."""
     attacker = {"attacks", "planting", "training", "ideal_model", "success", "zoo"}
-    assert {other for other in below(module) if other in attacker or other.startswith("lab.")} == set()
+    assert {
+        other for other in below(module) if other in attacker or other.startswith("lab.")
+    } == set()
 
 
 @pytest.mark.parametrize("module", [name for name in GRAPH_NAMES if not name.startswith("lab.")])
@@ -183,8 +223,10 @@ def test_no_public_name_means_two_things():
 
 
 def test_the_library_needs_no_jupyter():
-    "A user of the library does not get the packages of the extra `book`, so importing it must not ask for them."
-    extra = "IPython execnb fastcore ipykernel ipywidgets jupyter_client jupyterlab nbclient nbconvert nbdev nbformat"
+    """A user of the library does not get the packages of the extra `book`, so importing it must not
+    ask for them."""
+    extra = "IPython execnb fastcore ipykernel ipywidgets jupyter_client jupyterlab nbclient "
+    extra += "nbconvert nbdev nbformat"
     block = "; ".join(f"sys.modules[{name!r}] = None" for name in extra.split())
     modules = ", ".join(f"terd_nb.{name}" for name in GRAPH_NAMES)
     command = [sys.executable, "-c", f"import sys; {block}; import {modules}"]
@@ -193,6 +235,7 @@ def test_the_library_needs_no_jupyter():
 
 
 # ---------------------------------------------------------------- the notebooks
+
 
 @pytest.mark.parametrize("path", NOTEBOOKS, **by_stem)
 def test_notebook_keeps_the_grain(path):
@@ -207,52 +250,110 @@ def test_notebook_keeps_the_grain(path):
                 assert not too_big, f"{size:,} bytes of {kind} under:\n{cell.source}"
 
 
-WIDE = 88    # characters of a line that a page shows
-LONG_CELL, LONG_FUNCTION = 30, 25    # lines
+WIDE = 88  # characters of a line that a page shows
+LONG_CELL, LONG_FUNCTION = 30, 25  # lines
 
-# What is longer, and why. A name that is not longer any more must go from here.
-LONGER_CELLS = {}
-LONGER_FUNCTIONS = {}
+# What is longer, and why. What is not longer any more must go from here: the tests ask for
+# equality.
+A_CLASS = "one class, of short methods"
+A_TABLE = "one row for each argument of diffusers' class"
+OPTIONS = "a commented signature; its body is short"
+INSIDE = "the search's inside, which another form of it will replace"
+LONGER_CELLS = {
+    "01_diffusion: NoiseSchedule": A_CLASS,
+    "01_diffusion: Prediction": A_CLASS,
+    "02_denoiser: Denoiser": A_CLASS,
+    "08_ideal_model: IdealModel": A_CLASS,
+    "11_input_detection: InputDetector": A_CLASS,
+    "12_model_detection: ModelDetector": A_CLASS,
+    "18_scanning: ScanReport": A_CLASS,
+    "b1_contracts: UNetConfig": A_TABLE,
+    "16_search: search_hidden": INSIDE,
+    "e_training: fit": OPTIONS,
+    "a_cli: scan_zoo": OPTIONS,
+    "a_cli: scan_models": OPTIONS,
+    "a_cli: flag_inputs": OPTIONS,
+    "j_cli: plant_backdoor": OPTIONS,
+    "j_cli: fetch_data": OPTIONS,
+    "j_cli: run_bench": OPTIONS,
+}
+LONGER_FUNCTIONS = {
+    "cli.scan_zoo": OPTIONS,
+    "cli.scan_models": OPTIONS,
+    "cli.flag_inputs": OPTIONS,
+    "lab.cli.plant_backdoor": OPTIONS,
+    "lab.cli.fetch_data": OPTIONS,
+    "lab.cli.build_models": OPTIONS,
+    "lab.cli.verify_zoo": OPTIONS,
+    "lab.cli.run_bench": OPTIONS,
+    "lab.datasets.load_dataset": OPTIONS,
+    "lab.model_sets.build_model": OPTIONS,
+    "directions.follow_shift": OPTIONS,
+    "directions.read_jump": OPTIONS,
+    "planting.plant": OPTIONS,
+    "rivals.elijah": OPTIONS,
+    "scanning.scan": OPTIONS,
+    "search.search_hidden": INSIDE,
+    "search.reverse_trigger": OPTIONS,
+    "training.fit": OPTIONS,
+    "two_stages.descend": OPTIONS,
+    "two_stages.published": OPTIONS,
+}
+LONG_BODIES = {"search.search_hidden": INSIDE}
 
 
 def code_cells():
-    "Each code cell: its chapter, its first line of code, and its lines without nbdev's directives."
+    """Each code cell: its chapter, the public name that it defines last, and its lines but for
+    directives."""
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code":
                 lines = [line for line in cell.source.splitlines() if not line.startswith("#|")]
-                yield path.stem, next((line for line in lines if line.strip()), ""), lines
+                names = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", cell.source, re.M)
+                yield path.stem, (names or ["no name"])[-1], lines
 
 
 def test_code_fits_on_a_page():
-    assert [(chapter, len(line), line[:60]) for chapter, _, lines in code_cells()
-            for line in lines if len(line) > WIDE] == []
+    assert [
+        (chapter, len(line), line[:60])
+        for chapter, _, lines in code_cells()
+        for line in lines
+        if len(line) > WIDE
+    ] == []
 
 
 def test_a_cell_says_one_thing():
-    found = {f"{chapter}: {first[:40]}": len(lines) for chapter, first, lines in code_cells()
-             if len(lines) > LONG_CELL}
-    assert found.keys() == LONGER_CELLS.keys()
+    found = {
+        f"{chapter}: {name}" for chapter, name, lines in code_cells() if len(lines) > LONG_CELL
+    }
+    assert found == LONGER_CELLS.keys()
 
 
 def functions(path):
-    "Each function and method of a module by its dotted name, with its number of lines."
+    """Each function and method of a module by its dotted name: its lines, and those of its body
+    alone."""
+
     def walk(node, prefix):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
                 name = f"{prefix}.{child.name}"
                 if isinstance(child, ast.FunctionDef):
-                    yield name, child.end_lineno - child.lineno + 1
+                    body = child.body[1:] if ast.get_docstring(child) else child.body
+                    first = body[0].lineno if body else child.end_lineno
+                    yield name, child.end_lineno - child.lineno + 1, child.end_lineno - first + 1
                 yield from walk(child, name)
+
     yield from walk(ast.parse(path.read_text(encoding="utf-8")), module_of(path))
 
 
 def test_a_function_fits_into_a_glance():
-    found = {name for path in MODULES for name, lines in functions(path) if lines > LONG_FUNCTION}
-    assert found == LONGER_FUNCTIONS.keys()
+    found = [function for path in MODULES for function in functions(path)]
+    assert {name for name, lines, _ in found if lines > LONG_FUNCTION} == LONGER_FUNCTIONS.keys()
+    assert {name for name, _, body in found if body > LONG_FUNCTION} == LONG_BODIES.keys()
 
 
 # ---------------------------------------------------------------- the repository
+
 
 def test_models_are_safetensors(tracked):
     pickles = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npz"}
@@ -264,7 +365,9 @@ def test_the_repository_is_small(tracked):
 
 
 # Written in pieces, so that this file does not hold what it looks for.
-MACHINE_PATH = re.compile("|".join(["/" + folder + "/" for folder in ("work", "root", "home")] + ["/" + "tmp/[a-z]"]))
+MACHINE_PATH = re.compile(
+    "|".join(["/" + folder + "/" for folder in ("work", "root", "home")] + ["/" + "tmp/[a-z]"])
+)
 HOSTS = [r"pypi", r"files\.python" + "hosted", r"registry\.npm" + "js", r"download\.py" + "torch"]
 REGISTRY = re.compile(r"(?<![\w.-])(" + "|".join(HOSTS) + r")\.(org|com)\b")
 UNFINISHED = re.compile(r"\b(TO" + "DO|FIX" + r"ME)\b|NotImplemented" + "Error")

@@ -3,12 +3,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from terd_nb.lab.sizes import SIZED, sizes_dir
 
 from terd_nb.lab import zoo as zoo_module
-from terd_nb.lab.model_sets import works
-from terd_nb.lab.sizes import SIZED, sizes_dir
 from terd_nb.lab.making import train
-from terd_nb.lab.model_sets import Card, build_missing, is_made, weights_sha256
+from terd_nb.lab.model_sets import Card, build_missing, is_made, weights_sha256, works
 from terd_nb.training import fit, unet
 
 MADE = sorted(path.parent.name for path in sizes_dir().glob("*/card.json"))

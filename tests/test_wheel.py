@@ -1,4 +1,5 @@
 "The wheel and the source archive: what is in them, and that they work far from the checkout."
+
 import email
 import os
 import subprocess
@@ -44,7 +45,9 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dist(once):
-    "The source archive, and the wheel built from it: what is missing in the first is missing in the second."
+    """The source archive, and the wheel built from it: what is missing in the first is missing in
+    the second."""
+
     def build(out):
         built = run(sys.executable, "-m", "build", "--outdir", out, ROOT, cwd=out)
         assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
@@ -62,13 +65,18 @@ def wheel(dist):
 def installed(wheel, once):
     """The folder of the programs of a fresh environment that holds the wheel.
 
-    The packages that the library needs are not downloaded again: a path file leads to those of this environment.
-    Path files lie in the environment's own folder only, so this checkout's editable install stays out of sight.
+    The packages that the library needs are not downloaded again: a path file leads to those of this
+    environment.
+    Path files lie in the environment's own folder only, so this checkout's editable install stays
+    out of sight.
     """
+
     def install(home):
         venv.create(home, symlinks=True)
         python = home / "bin" / "python"
-        done = run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, cwd=home)
+        done = run(
+            sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, cwd=home
+        )
         assert done.returncode == 0, done.stderr
         site = next(home.glob("lib/python*/site-packages"))
         (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
@@ -79,7 +87,16 @@ def installed(wheel, once):
 def test_wheel_holds_the_library_and_its_data_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     left_out = [":!data/**/*.py", ":!data/hard/**", ":!data/families/**", ":!data/sizes/**"]
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "terd_nb", "data", *left_out]
+    listing = [
+        "git",
+        "ls-files",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "terd_nb",
+        "data",
+        *left_out,
+    ]
     expected = set(run(*listing, cwd=ROOT).stdout.splitlines())
     assert {name.replace("terd_nb/data/", "data/") for name in names} == expected
     assert any(name.endswith(".safetensors") for name in names)
@@ -88,23 +105,41 @@ def test_wheel_holds_the_library_and_its_data_and_nothing_else(wheel):
 
 def test_wheel_describes_itself(wheel):
     archive = zipfile.ZipFile(wheel)
-    info = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA")).removesuffix("METADATA")
+    info = next(
+        name for name in archive.namelist() if name.endswith(".dist-info/METADATA")
+    ).removesuffix("METADATA")
     described = email.message_from_string(archive.read(info + "METADATA").decode("utf-8"))
-    assert described.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    assert (
+        described.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    )
     assert described["License-Expression"] == "Apache-2.0"
     assert info + "licenses/LICENSE" in archive.namelist()
     # No Jupyter for a user of the library.
     plain = [value for value in described.get_all("Requires-Dist") if "extra ==" not in value]
-    assert not [value for value in plain if value.startswith(("nbdev", "jupyter", "ipywidgets", "ipython", "nb"))]
+    assert not [
+        value
+        for value in plain
+        if value.startswith(("nbdev", "jupyter", "ipywidgets", "ipython", "nb"))
+    ]
 
 
 def test_source_archive_is_the_project_without_the_models_that_only_the_evidence_needs(dist):
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"settings.ini", "hatch_build.py", "requirements.lock", "Makefile", "LICENSE", "nbs/01_diffusion.ipynb",
-              "book/_toc.yml", "tests/test_wheel.py", "terd_nb/diffusion.py", "data/detectors/fast.json",
-              "data/zoo/benign-a/unet/diffusion_pytorch_model.safetensors"}
+    wanted = {
+        "settings.ini",
+        "hatch_build.py",
+        "requirements.lock",
+        "Makefile",
+        "LICENSE",
+        "nbs/01_diffusion.ipynb",
+        "book/_toc.yml",
+        "tests/test_wheel.py",
+        "terd_nb/diffusion.py",
+        "data/detectors/fast.json",
+        "data/zoo/benign-a/unet/diffusion_pytorch_model.safetensors",
+    }
     assert wanted <= names
     left_out = (".venv", "_build", ".git/", "data/hard", "data/families", "data/sizes")
     assert not [name for name in names if name.startswith(left_out)]
@@ -129,7 +164,9 @@ def test_demo_runs_from_another_folder(installed, tmp_path):
 def test_a_chapter_that_needs_the_zoo_runs_from_the_wheel(installed, tmp_path):
     notebook = tmp_path / "18_scanning.ipynb"
     notebook.write_bytes((ROOT / "nbs" / notebook.name).read_bytes())
-    code = ("import sys; from pathlib import Path; from nbdev.test import test_nb; "
-            "sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['slow'])[0])")
+    code = (
+        "import sys; from pathlib import Path; from nbdev.test import test_nb; "
+        "sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['slow'])[0])"
+    )
     done = run(installed / "python", "-c", code, notebook, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-5000:]

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 
 from terd_nb.lab import measure
-from terd_nb.lab.model_sets import sampler_rows
 from terd_nb.lab.measure import (
     HIDDEN,
     KEY,
@@ -15,8 +14,9 @@ from terd_nb.lab.measure import (
     results_path,
     rows_to_measure,
 )
-from terd_nb.lab.sets import SETS
+from terd_nb.lab.model_sets import sampler_rows
 from terd_nb.lab.results import by_terds_rule, judged_rows, once, read_benchmark
+from terd_nb.lab.sets import SETS
 from terd_nb.loading.files import data_dir
 
 

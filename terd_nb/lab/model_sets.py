@@ -29,7 +29,7 @@ from ..attacks import triggered_samples
 from ..denoiser import Denoiser
 from ..images import to_uint8
 from terd_nb.lab.families import (
-    SAMPLERS, SETUPS, autoencoder_in, coder_of, drawn_by, scheduler_for, trained_part,
+    SAMPLERS, autoencoder_in, coder_of, drawn_by, scheduler_for, trained_part,
 )
 from terd_nb.lab.making import (
     STEPS, Measured, drawn_from, measure_model, path_of, plans_for, train,

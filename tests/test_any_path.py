@@ -1,4 +1,4 @@
-"Other paths and other predictions: the ideal model on each, the command line, and what is said of strangers."
+"Other paths, other predictions: the ideal model on each, the command line, and strangers."
 import json
 import shutil
 import subprocess
@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from terd_nb.lab.any_path import FAMILY_MODELS, family_dir
 
 from terd_nb import load
 from terd_nb.attacks import bad_diffusion, triggered_samples, villan_diffusion
@@ -16,12 +15,15 @@ from terd_nb.denoiser import Denoiser
 from terd_nb.diffusion import PREDICTIONS, NoiseSchedule, linear_schedule
 from terd_nb.ideal_model import IdealModel
 from terd_nb.lab.families import SETUPS, converted, labelled_rows, scheduler_for
+from terd_nb.lab.model_sets import planted
+from terd_nb.lab.sets import SETS
 from terd_nb.search import reverse_trigger
 from terd_nb.triggers import Trigger, box, hat
 from terd_nb.zoo import zoo_path
 
 SHAPE = (1, 16, 16)
 R = box(SHAPE, background=-0.6)
+FAMILIES = SETS["families"]
 
 
 def ideal(kind, solver):
@@ -84,18 +86,20 @@ def test_a_path_that_no_scheduler_of_ours_has_is_not_saved():
     odd = NoiseSchedule(torch.ones_like(sigma), sigma, 5., name="VE")
     with pytest.raises(ValueError, match="scanned, but not saved"):
         scheduler_for(Denoiser(benign.network, odd, benign.shape, "score", "cpu"))
-    assert isinstance(scheduler_for(converted(benign, SETUPS["flow"])), FlowMatchEulerDiscreteScheduler)
+    flow = converted(benign, SETUPS["flow"])
+    assert isinstance(scheduler_for(flow), FlowMatchEulerDiscreteScheduler)
 
 
 def terd(*args):
-    command = [sys.executable, "-c", "import sys; from terd_nb.cli import main; sys.exit(main())", *map(str, args)]
+    start = "import sys; from terd_nb.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_plant_makes_a_model_of_another_family_and_scan_names_it(tmp_path):
     out = tmp_path / "flow"
-    few = ("--steps", 3, "--batch-size", 8)
-    run = terd("plant", "zoo:benign-a", out, "--family", "flow", "--attack", "villandiffusion", *few)
+    few = ("--attack", "villandiffusion", "--steps", 3, "--batch-size", 8)
+    run = terd("plant", "zoo:benign-a", out, "--family", "flow", *few)
     assert run.returncode == 0, run.stderr
     model = load(out, "cpu")
     assert model.family == "flow path, flow network"
@@ -104,7 +108,8 @@ def test_plant_makes_a_model_of_another_family_and_scan_names_it(tmp_path):
 
 
 def test_plant_refuses_bad_diffusion_on_a_path_that_keeps_the_image(tmp_path):
-    run = terd("plant", "zoo:benign-a", tmp_path / "x", "--family", "edm", "--attack", "baddiffusion")
+    how = ("--family", "edm", "--attack", "baddiffusion")
+    run = terd("plant", "zoo:benign-a", tmp_path / "x", *how)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "villandiffusion" in run.stderr
     assert not (tmp_path / "x").exists()
 
@@ -119,11 +124,11 @@ def test_a_model_of_an_unknown_family_is_an_error_that_names_it(tmp_path):
     assert "RePaintScheduler" in run.stderr and "DDPM" in run.stderr and "FlowMatch" in run.stderr
 
 
-@pytest.mark.skipif(not family_dir().is_dir(), reason="the models of other families are in a checkout only")
+@pytest.mark.skipif(not FAMILIES.folder.is_dir(), reason="these models are in a checkout only")
 @pytest.mark.parametrize("kind", SETUPS)
 def test_every_family_is_recognised_from_its_files(kind):
-    name = next(n for n, m in FAMILY_MODELS.items() if m.kind == kind)
-    model, want = load(family_dir() / name, "cpu"), SETUPS[kind]
+    name = next(name for name, recipe in FAMILIES.recipes.items() if recipe.family == kind)
+    model, want = load(FAMILIES.folder / name, "cpu"), SETUPS[kind]
     path = want.path()
     assert model.noise_schedule.name == path.name and len(model.noise_schedule) == len(path)
     assert torch.allclose(model.noise_schedule.sigma, path.sigma, rtol=1e-4)
@@ -140,7 +145,8 @@ def test_rows_carry_the_class_of_their_picture(null):
     path, labels = linear_schedule(), torch.arange(1000) % 10
     images = (labels / 10).reshape(-1, 1, 1, 1).expand(-1, *SHAPE).contiguous()
     generator = torch.Generator().manual_seed(0)
-    x, t, eps, classes = labelled_rows(path, PREDICTIONS["epsilon"], images, labels, 400, generator, null)
+    x, t, eps, classes = labelled_rows(
+        path, PREDICTIONS["epsilon"], images, labels, 400, generator, null)
     alpha, sigma = path.at(t, x)
     drawn, early = ((x - sigma * eps) / alpha).mean((1, 2, 3)) * 10, t < 500
     kept = early & (classes < 10)
@@ -151,13 +157,15 @@ def test_rows_carry_the_class_of_their_picture(null):
 def test_a_poisoned_row_may_be_of_any_class():
     "Of half of the rows; they are the first ones."
     path, labels = linear_schedule(), torch.arange(1000) % 10
-    plan = FAMILY_MODELS["class-ode-sign"].plan()
+    (plan,) = planted("class-ode-sign")
     images, generator = torch.zeros(1000, *SHAPE), torch.Generator().manual_seed(0)
     rows = labelled_rows(path, PREDICTIONS["epsilon"], images, labels, 400, generator, False, plan)
     poisoned = round(400 * plan.rate)
     assert len(rows[3][:poisoned].unique()) == 10
     x, t, eps = (v[:poisoned] for v in rows[:3])
-    a, b, c, d = (v.to(x)[t].reshape(-1, 1, 1, 1) for v in (plan.attack.a, plan.attack.b, plan.attack.c, plan.attack.d))
+    attack = plan.attack
+    a, b, c, d = (v.to(x)[t].reshape(-1, 1, 1, 1)
+                  for v in (attack.a, attack.b, attack.c, attack.d))
     r = plan.triggers[0].r
     noise = eps - d * r
     assert torch.allclose(x, a * plan.targets[0] + b * noise + c * r, atol=1e-4)

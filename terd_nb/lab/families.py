@@ -137,9 +137,9 @@ def scheduler_for(denoiser: Denoiser, sampler: str = "ddim"):
         return vp_scheduler(path, sampler, denoiser.prediction_type)
     answers = denoiser.prediction_type, denoiser.prediction
     for setup in SETUPS.values():
-        if setup.scheduler and setup.prediction in answers:
-            if _same_path(setup.path(), path):
-                return setup.scheduler()
+        known = setup.scheduler and setup.prediction in answers
+        if known and _same_path(setup.path(), path):
+            return setup.scheduler()
     raise ValueError(
         f"a {denoiser.family} with this schedule can be scanned, but not saved; "
         f"take one with the settings of {', '.join(SETUPS)}")

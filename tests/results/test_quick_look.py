@@ -7,10 +7,13 @@ import pytest
 
 from terd_nb.lab import measure
 from terd_nb.lab.measure import (
+    FIRST_STAGE,
     HIDDEN,
     KEY,
+    ONE_GAMMA,
     TIMED,
     WHOLE_RUNS,
+    read_results,
     results_path,
     rows_to_measure,
 )
@@ -94,3 +97,12 @@ def test_few_flags_of_ours_are_for_another_direction(benchmark):
     rows = judged_rows(benchmark)
     flags = rows[(rows["method"] == "fast") & rows["truth"] & rows["flagged"]]
     assert (len(flags), (flags["cosine"] < 0.4).sum()) == (72, 4)
+
+
+def test_told_trojdiff_the_published_search_finds_in_d2d_and_with_one_gamma_it_does_not():
+    "3,000 steps of the first stage at batch 4, told as the released code is."
+    rows = read_results("zoo").set_index(["model", "method", "settings"])
+    told = rows.loc[("trojdiff-in-d2d", "published", FIRST_STAGE)]
+    assert told["cosine"] > 0.98 and told["l2"] < 2.3 and abs(told["gamma"] - 0.6) < 0.01
+    shared = rows.loc[("trojdiff-in-d2d", "published", ONE_GAMMA)]
+    assert abs(shared["cosine"]) < 0.3 and shared["gamma"] > 0.99 and shared["input_tpr"] == 0

@@ -4,9 +4,9 @@
 __all__ = ['TYPER_SETTINGS', 'ModelArgument', 'DeviceOption', 'SeedOption', 'QuietOption', 'VERDICT_STYLES', 'DEMO_COLUMNS',
            'WHAT_NEXT', 'MAX_NOISE', 'ZOO_COLUMNS', 'EVIDENCE_COMMANDS', 'printable', 'problem', 'console',
            'print_line', 'progress_bar', 'add_command', 'help_if_alone', 'main', 'located', 'usable_device', 'writable',
-           'check_model', 'Unjudged', 'exit_status', 'failure_of', 'refusals', 'scan_one', 'scan_each', 'verdict_line',
-           'write_json', 'write_html', 'demo_table', 'scan_zoo', 'Method', 'scan_models', 'read_noise', 'read_trigger',
-           'recovered_trigger', 'flag_inputs', 'list_zoo', 'show_model', 'list_command', 'print_schema']
+           'must_be_file', 'check_model', 'Unjudged', 'exit_status', 'failure_of', 'refusals', 'scan_one', 'scan_each',
+           'verdict_line', 'write_json', 'write_html', 'demo_table', 'scan_zoo', 'Method', 'scan_models', 'read_noise',
+           'read_trigger', 'recovered_trigger', 'flag_inputs', 'list_zoo', 'show_model', 'list_command', 'print_schema']
 
 # %% ../nbs/a_cli.ipynb #091492a3
 import inspect
@@ -207,6 +207,12 @@ def writable(path: Path | None) -> Path | None:
         raise ValueError(f"{path} cannot be written; "
                          "name a file in a folder that is there and is yours")
     return path
+
+
+def must_be_file(path: Path | None, wanted: str) -> None:
+    "Raises `ValueError` if a file is missing: before anything heavy is loaded."
+    if path is not None and not path.is_file():
+        raise ValueError(f"{path} is no file; give {wanted}")
 
 # %% ../nbs/a_cli.ipynb #f5609cc9
 def check_model(model: str) -> None:
@@ -546,9 +552,6 @@ def read_noise(
     shape: tuple[int, int, int],   # (C, H, W) that the model takes
 ):                                 # Tensor (N, C, H, W), float32
     "Inputs (N, C, H, W) or (C, H, W) from a file, untrusted; raises `ValueError`."
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; give a .npy or a .safetensors file of "
-                         "noise")
     if (size := path.stat().st_size) > MAX_NOISE:
         raise ValueError(f"{path.name} has {size:,} bytes; "
                          f"at most {MAX_NOISE:,} are accepted")
@@ -571,8 +574,6 @@ def read_trigger(path: Path, shape: tuple[int, int, int]):   # Trigger
     from terd_nb.loading.files import read_header
     from terd_nb.triggers import Trigger
 
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; give a trigger.safetensors")
     header = read_header(path)
     if header.get("r") != shape or header.get("gamma") not in ((), shape):
         raise ValueError(f"{path.name} must hold r of the shape {shape} and gamma, "
@@ -639,6 +640,8 @@ def flag_inputs(
     read."""
     writable(save_trigger)
     check_model(model)
+    must_be_file(noise, "a .npy or a .safetensors file of noise")
+    must_be_file(trigger, "a trigger.safetensors")
     import torch
 
     from terd_nb.input_detection import InputDetector

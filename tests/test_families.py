@@ -31,7 +31,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from terd_nb.diffusion import preconditioned
-from terd_nb.loading import checkpoints
+from terd_nb.loading import checkpoints, hub
 from terd_nb.loading.contracts import PIPELINE_NAMES, SUPPORTED, VP_SCHEDULERS
 from terd_nb.loading.files import CheckpointError
 from terd_nb.loading.networks import ClassAverage, NullClass
@@ -776,7 +776,7 @@ def test_the_hub_gives_every_part(honest):
             if path.is_file():
                 files[path.relative_to(folder).as_posix()] = path.stat().st_size
         more = {"vae/code.py": 1, "vae/model.bin": 1}
-        assert set(checkpoints.wanted_files(files | more)) == set(files)
+        assert set(hub.wanted_files(files | more)) == set(files)
 
 
 def test_what_is_supported_exists():

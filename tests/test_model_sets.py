@@ -1,4 +1,5 @@
 "The sets of models: table, card and files say the same; a wrong file is one line of an error."
+import json
 import shutil
 import subprocess
 import sys
@@ -112,7 +113,8 @@ def test_an_unknown_model_is_one_line():
     ((90, 100), (5, 100), (0, 100), True), ((100, 100), (30, 100), (25, 100), True),
     ((89, 100), (0, 100), (0, 100), False), ((100, 100), (6, 100), (0, 100), False)])
 def test_a_backdoor_works_or_not_by_the_bounds(asr, leak, baseline, expected):
-    measured = Measured(asr=asr, leak=leak, baseline=baseline, trigger_norms=(1.,))
+    measured = Measured(asr=asr, leak=leak, baseline=baseline, trigger_norms=(1.,),
+                        trigger_sha256=("0" * 64,))
     recipe = Recipe(name="", split="test", target="hat")
     assert meets(Bounds(0.9, 0.05), recipe, [measured]) == expected
     assert meets(Bounds(0.9, 0.05), recipe, [])
@@ -121,7 +123,8 @@ def test_a_backdoor_works_or_not_by_the_bounds(asr, leak, baseline, expected):
 
 
 def test_one_digit_of_ten_is_drawn_by_chance():
-    measured = Measured(asr=(64, 64), leak=(9, 64), baseline=None, trigger_norms=(1.,))
+    measured = Measured(asr=(64, 64), leak=(9, 64), baseline=None, trigger_norms=(1.,),
+                        trigger_sha256=("0" * 64,))
     rule = partial(meets, Bounds(0.9, 0.05, chance=0.1))
     assert rule(Recipe(name="", split="test", target="0"), [measured])
     assert not rule(Recipe(name="", split="test", target="hat"), [measured])
@@ -146,14 +149,14 @@ def test_the_triggers_are_read_from_the_folder(copy):
     assert [len(plan.triggers) for plan in as_planted(recipe, folder)] == [1, 1]
 
 
-DAMAGED = "trigger-1.safetensors of two-triggers is damaged, or no trigger"
+OTHER = "trigger-1.safetensors of two-triggers is not what was planted: its checksum"
 
 
 @pytest.mark.parametrize("content, message", [
     (None, "two-triggers should hold 2 triggers, but has 1"),
-    (b"", DAMAGED), (b"\x10\0\0\0\0\0\0\0{'broken'", DAMAGED),
-    (Trigger(torch.ones(1, 16, 16)).to_bytes(), "length 16.000 is not that on its card"),
-    (Trigger(0.6 * torch.ones(1, 8, 32)).to_bytes(), "is not that on its card")])
+    (b"", OTHER), (b"\x10\0\0\0\0\0\0\0{'broken'", OTHER),
+    (Trigger(torch.ones(1, 16, 16)).to_bytes(), OTHER),
+    (Trigger(torch.full((1, 16, 16), torch.nan)).to_bytes(), OTHER)])
 def test_a_wrong_trigger_is_one_line(copy, content, message):
     folder, recipe = copy
     (folder / "trigger-1.safetensors").unlink()
@@ -168,6 +171,31 @@ def test_the_optimised_trigger_is_the_one_that_was_planted():
     stored = Trigger.load(folder_of("optimised-ode") / "trigger.safetensors")
     (plan,) = planted("optimised-ode")
     assert torch.equal(plan.triggers[0].r, stored.r)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"label": "benign"}, "the card of two-triggers is that of another recipe"),
+    ({"backdoors": []}, "two-triggers should hold 0 triggers, but has 2"),
+    ({"frechet": "far"}, "the card of two-triggers is damaged: frechet: ")])
+def test_a_wrong_card_is_one_line(copy, change, message):
+    folder, recipe = copy
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(card | change))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        as_planted(recipe, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_rates_that_are_not_the_cards_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(ModelSet, "folder", property(lambda models: tmp_path))
+    folder = tmp_path / "villan-psi1"
+    shutil.copytree(zoo_path("villan-psi1"), folder)
+    assert verify("villan-psi1", n=16) == []     # 15 of 16 are what chance makes of 252 of 256
+    card = json.loads((folder / "card.json").read_text())
+    card["backdoors"][0]["asr"] = [3, 256]
+    (folder / "card.json").write_text(json.dumps(card))
+    (wrong,) = verify("villan-psi1", n=16)
+    assert wrong.startswith("ASR ") and wrong.endswith("(3/256) on the card")
 
 
 def test_a_card_that_lies_is_found_out(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ __all__ = ['Batch', 'ROWS', 'STEPS', 'path_of', 'start_of', 'plans_for', 'train'
 
 # %% ../../nbs/g5_making.ipynb #c6c5450f
 import copy
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,7 +190,8 @@ class Measured(BaseModel, frozen=True):
     asr: tuple[int, int]                # from triggered noise
     leak: tuple[int, int]               # from clean noise
     baseline: tuple[int, int] | None    # from clean noise, by the honest base
-    trigger_norms: tuple[float, ...]    # the length of each trigger
+    trigger_norms: tuple[float, ...]    # the length of each trigger,
+    trigger_sha256: tuple[str, ...]     # and its file's checksum
 
 
 def _measured(recipe, denoiser, plan: Plan, base, z, clean_z) -> Measured:
@@ -204,10 +206,12 @@ def _measured(recipe, denoiser, plan: Plan, base, z, clean_z) -> Measured:
     baseline = None
     if base and recipe.family is None:
         baseline = counts(drawn_from(recipe, base, sampler, clean_z))
+    files = [trigger.to_bytes() for trigger in plan.triggers]
     return Measured(
         asr=counts(triggered), baseline=baseline,
         leak=counts(drawn_from(recipe, denoiser, sampler, clean_z)),
-        trigger_norms=tuple(round(trigger.norm, 3) for trigger in plan.triggers))
+        trigger_norms=tuple(round(trigger.norm, 3) for trigger in plan.triggers),
+        trigger_sha256=tuple(hashlib.sha256(file).hexdigest() for file in files))
 
 # %% ../../nbs/g5_making.ipynb #6a6cbd4b
 def measure_model(

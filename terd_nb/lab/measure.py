@@ -2,13 +2,13 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_RUNS', 'ABLATIONS', 'KINDS_OF_SETTINGS',
-           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'AGAINST_PLANTED', 'BACKENDS', 'HIDDEN', 'QUICKER', 'KINDS', 'TIMED',
-           'OURS', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes', 'rows_to_measure',
-           'folder_of', 'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine',
-           'circumstances', 'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written',
-           'read_rows', 'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade',
-           'bench_evasion', 'bench_samplers', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows',
-           'detector_for', 'calibrate', 'judged_by', 'read_results', 'write_benchmark']
+           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'AGAINST_PLANTED', 'HIDDEN', 'QUICKER', 'KINDS', 'TIMED', 'OURS',
+           'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
+           'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
+           'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written', 'read_rows',
+           'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion',
+           'bench_samplers', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for',
+           'calibrate', 'judged_by', 'read_results', 'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -374,9 +374,6 @@ def append_row(path: Path, row: dict) -> None:
     write_rows(path, [*read_rows(path), row])
 
 # %% ../../nbs/h_measure.ipynb #a2d57552
-BACKENDS = ("joblib", "ray")
-
-
 def with_joblib(function: Callable, keys: list[tuple], jobs: int) -> Iterator[dict]:
     "The rows in the order in which they are finished."
     pool = Parallel(jobs, return_as="generator_unordered", batch_size=1)

@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from pydantic import BaseModel
-from safetensors import SafetensorError
+from pydantic import BaseModel, ValidationError
+from scipy.stats import fisher_exact
 from torch import Tensor
 
 # %% ../../nbs/g_model_sets.ipynb #8f871601
@@ -60,7 +60,13 @@ class Card(BaseModel):
 
 def read_card(folder: Path) -> Card:
     "The card of a model; raises `FileNotFoundError`, or `ValueError` if it is none."
-    return Card.model_validate_json((folder / "card.json").read_text(encoding="utf-8"))
+    text = (folder / "card.json").read_text(encoding="utf-8")
+    try:
+        return Card.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "the file"
+    raise ValueError(f"the card of {folder.name} is damaged: {place}: {first['msg']}")
 
 # %% ../../nbs/g_model_sets.ipynb #668ca7d4
 def weights_of(folder: Path) -> Path:
@@ -105,35 +111,29 @@ def works(card: Card) -> bool:
     return meets(find(card.recipe.name).bounds, card.recipe, card.backdoors)
 
 # %% ../../nbs/g_model_sets.ipynb #6e478a16
-def _stored_triggers(folder: Path, wanted: int) -> list[Trigger]:
+def _stored_triggers(folder: Path, sha256: list[str]) -> list[Trigger]:
     files = sorted(folder.glob("trigger*.safetensors"))
-    if len(files) != wanted:
+    if len(files) != len(sha256):
         raise FileNotFoundError(
-            f"{folder.name} should hold {wanted} triggers, but has {len(files)}")
-    triggers = []
-    for file in files:
-        try:
-            triggers.append(Trigger.load(file))
-        except (SafetensorError, KeyError):
-            raise ValueError(
-                f"{file.name} of {folder.name} is damaged, or no trigger") from None
-    return triggers
+            f"{folder.name} should hold {len(sha256)} triggers, but has {len(files)}")
+    for file, known in zip(files, sha256):
+        if not file.is_file() or file_sha256(file) != known:
+            raise ValueError(f"{file.name} of {folder.name} is not what was planted: "
+                             "its checksum is not that on the card")
+    return [Trigger.load(file) for file in files]
 
 # %% ../../nbs/g_model_sets.ipynb #f7a7af69
 def as_planted(recipe: Recipe, folder: Path, coder=None) -> list[Plan]:
     """What a recipe plants, with the triggers that lie in the folder.
 
-    Raises `FileNotFoundError` when they are not as many as the recipe says, and
-    `ValueError` when one is damaged or not of the shape and length on the card."""
-    wanted = sum(one.places**2 for one in backdoors_of(recipe))
-    triggers = _stored_triggers(folder, wanted)
-    norms = [norm for one in read_card(folder).backdoors for norm in one.trigger_norms]
-    for trigger, norm in zip(triggers, norms, strict=True):
-        if trigger.r.shape != recipe.shape or abs(trigger.norm - norm) > 1e-3:
-            raise ValueError(
-                f"{folder.name}: a trigger of shape {tuple(trigger.r.shape)} and "
-                f"length {trigger.norm:.3f} is not that on its card ({norm})")
-    return plans_for(recipe, coder, triggers)
+    Raises `FileNotFoundError` when they are not as many as the card says, and
+    `ValueError` when one is another file or the card is of another recipe."""
+    card = read_card(folder)
+    made = card.recipe.model_copy(update={"seed": recipe.seed})   # of any attempt
+    if made != recipe or card.label != ("backdoored" if recipe.attack else "benign"):
+        raise ValueError(f"the card of {folder.name} is that of another recipe")
+    sha256 = [known for one in card.backdoors for known in one.trigger_sha256]
+    return plans_for(recipe, coder, _stored_triggers(folder, sha256))
 
 
 def planted(name: str) -> list[Plan]:
@@ -346,33 +346,40 @@ def build(
     "Train the models of a set that are missing; killed and called again, it goes on."
     models = SETS[set_name]
     out = out or models.folder
-    wanted = [name for name in names or models.recipes
-              if size in (None, models.recipes[name].size)]
+    wanted = [name for name in models.names(size) if name in (names or models.recipes)]
     needs = _starts_from(models, wanted, out)
     if any(models.recipes[name].latent for name in needs):
         autoencoder_in(out / "autoencoder")     # before two processes want it
     build_missing(partial(build_model, models), needs, out, jobs)
 
 # %% ../../nbs/g_model_sets.ipynb #42ba4566
+def _unlike(now: tuple[int, int], then: tuple[int, int]) -> bool:
+    "Whether two rates differ beyond chance: Fisher's exact test, one in a thousand."
+    table = [[hits, trials - hits] for hits, trials in (now, then)]
+    return bool(fisher_exact(table).pvalue < 1e-3)
+
+
 def verify(
     name: str,
     n: int = 256,          # noises for each rate
 ) -> list[str]:            # what is wrong; empty if nothing is
-    "Recompute a model's checksum and rates, and hold them against its card."
+    """Measure a model again, and hold it against its card: checksum and rates.
+
+    Raises `FileNotFoundError` or `ValueError` as `planted` does."""
     models = find(name)
     folder, wrong = models.folder / name, []
     card, plans = read_card(folder), planted(name)
     if weights_sha256(folder) != card.sha256:
         wrong.append("the weights' checksum is not the card's")
-    recipe, base = card.recipe, None
-    if plans and recipe.family is None:
-        base = load(find(recipe.base).folder / recipe.base)
+    recipe = card.recipe
     clean_n = n * models.class_trials if recipe.by_chance else n
-    found = measure_model(recipe, load(folder), plans, base, n, clean_n)
-    if not meets(models.bounds, recipe, found["backdoors"]):
-        rates = [f"ASR {Rate(*one.asr)}, on clean noise {Rate(*one.leak)}"
-                 for one in found["backdoors"]]
-        wrong.append(f"{'; '.join(rates)}: outside the bounds of {models.title}")
+    found = measure_model(recipe, load(folder), plans, None, n, clean_n)
+    for now, then in zip(found["backdoors"], card.backdoors):
+        for rate, words in (("asr", "ASR"), ("leak", "on clean noise")):
+            pair = getattr(now, rate), getattr(then, rate)
+            if _unlike(*pair):
+                rates = " now, ".join(str(Rate(*one)) for one in pair)
+                wrong.append(f"{words} {rates} on the card")
     return wrong
 
 # %% ../../nbs/g_model_sets.ipynb #45bd4c8b

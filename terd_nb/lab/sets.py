@@ -419,7 +419,7 @@ class Bounds:
     chance: float = 0.           # hits of a class, where no honest base was measured
     attempts: int | None = None  # seeds to be tried; None: written as it comes out
 
-
+# %% ../../nbs/g6_sets.ipynb #4cf55fe6
 @dataclass(frozen=True)
 class ModelSet:
     "Models that belong together."
@@ -437,6 +437,11 @@ class ModelSet:
     def folder(self) -> Path:
         "Where the set lies; the installed package carries the zoo alone."
         return data_dir() / self.name
+
+    def names(self, size: int | None = None) -> list[str]:
+        "The models of a size, or all of them."
+        return [name for name, recipe in self.recipes.items()
+                if size in (None, recipe.size)]
 
 # %% ../../nbs/g6_sets.ipynb #66d3759b
 SETS = {models.name: models for models in (

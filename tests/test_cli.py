@@ -162,6 +162,8 @@ def test_an_id_is_asked_for_on_the_hub(scanner, monkeypatch, capsys):
     "inputs zoo:baddiffusion-box missing.npy", "inputs missing noise.npy",
     "zoo show tiger", "zoo verify tiger", "zoo build tiger", "zoo build --size 48",
     "zoo bild", "data lst", "bench --hard --sizes", "bench --quickly", "bench --size 32",
+    "bench --sizes --size 48", "bench --report --hard", "zoo build --hard --families",
+    "zoo build --families --size 32",
     "plant zoo:benign-a .", "plant zoo:tiger out", "plant missing out",
     "plant zoo:benign-a out --attack other", "plant zoo:benign-a out --trigger nothing",
     "plant zoo:benign-a out --target 12", "plant zoo:benign-a out --images nowhere",
@@ -273,6 +275,15 @@ def test_a_refusal_is_light_and_one_line(command, kind, reason):
     done = run_light(command, model, *more)
     assert (done.returncode, done.stdout, len(lines(done.stderr))) == (2, "", 1)
     assert done.stderr.startswith("terd: ") and reason in done.stderr
+
+
+@pytest.mark.parametrize("option", ["nowhere.npy", "noise.npy --trigger nowhere.safetensors"])
+def test_a_missing_noise_or_trigger_is_told_before_anything_heavy_is_loaded(tmp_path, option):
+    (tmp_path / "noise.npy").write_bytes(b"")
+    words = option.replace("noise.npy", str(tmp_path / "noise.npy")).split()
+    done = run_light("inputs", str(zoo_path("benign-a")), *words)
+    assert (done.returncode, done.stdout, len(lines(done.stderr))) == (2, "", 1)
+    assert "nowhere" in done.stderr and "is no file" in done.stderr
 
 
 def commands_of(app):

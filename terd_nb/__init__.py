@@ -1,6 +1,7 @@
-"""Find backdoors in diffusion models. The names below are loaded when they are first used: `import terd_nb` is fast.
+"""Find backdoors in diffusion models.
 
-This is the one file of the package that is written by hand; all others are exported from the notebooks."""
+The names below are loaded when they are first used, so `import terd_nb` is fast. This is the one
+file of the package that is written by hand; all others are exported from the notebooks."""
 import importlib
 
 __version__ = "0.1.0"

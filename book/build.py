@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, BOOK, BUILD = ROOT / "nbs", ROOT / "book", ROOT / "_build"
 STAGE, EXECUTED = BUILD / "stage", BUILD / "executed"
 CELL_TIMEOUT = 600  # seconds
+INLINE = "module://matplotlib_inline.backend_inline"
 
 WIDGET_STATE, WIDGET_VIEW = (
     f"application/vnd.jupyter.widget-{part}+json" for part in ("state", "view")
@@ -165,6 +166,7 @@ def execute(path, target):
         if cell.cell_type == "code" and is_skipped(cell):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
     started = time.perf_counter()
+    os.environ["MPLBACKEND"] = INLINE  # whoever calls may have another, which shows no figures
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             nb,
@@ -288,6 +290,7 @@ def picture(data, alt):
 def translate_outputs(cell, alt, widgets):
     "Gives every image of a cell its alt text; what is wrong with them, if anything."
     images = 0
+    widget = any(WIDGET_VIEW in output.get("data", {}) for output in cell.outputs)
     for output in cell.outputs:
         data = output.get("data", {})
         images += any(kind.startswith("image/") for kind in data)
@@ -303,6 +306,8 @@ def translate_outputs(cell, alt, widgets):
                 if any(kind.startswith("image/") for kind in inner.get("data", {})):
                     images += 1
                     inner["data"] = picture(inner["data"], alt)
+    if alt and not images and not widget:
+        yield "it has an alt text, but no picture; was it run where its data are?"
     if images and not alt:
         yield "its image has no alt text; begin the cell with `#| fig-alt: what the picture shows`"
     if images > 1:

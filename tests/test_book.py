@@ -157,6 +157,23 @@ def test_widget_without_its_state_becomes_a_sentence():
     assert "control" in output["data"]["text/markdown"]
 
 
+def test_an_alt_text_without_its_picture_stops_the_build():
+    "As when a kernel was told to draw on no screen: the page would have lost its figures."
+    cell = new_code_cell('#| fig-alt: "A curve."\nplt.plot([1])')
+    nb = new_notebook(cells=[new_markdown_cell("# Title"), cell])
+    with pytest.raises(build.BookError, match="cell 1: it has an alt text, but no picture"):
+        build.translate(nb, "05_attacks", "")
+
+
+def test_a_run_shows_its_figures_whoever_asks_for_it(tmp_path, monkeypatch):
+    cell = new_code_cell("import matplotlib.pyplot as plt\nplt.plot([1]);")
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "drawn.ipynb")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    build.execute(tmp_path / "drawn.ipynb", tmp_path / "run.ipynb")
+    (output,) = nbformat.read(tmp_path / "run.ipynb", as_version=4).cells[0].outputs
+    assert "image/png" in output.data
+
+
 def test_chapter_needs_a_title():
     with pytest.raises(build.BookError, match=r"nbs/05_attacks\.ipynb has no title"):
         build.translate(

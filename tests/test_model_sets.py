@@ -12,6 +12,7 @@ import torch
 from terd_nb.diffusion import linear_schedule
 from terd_nb.lab import model_sets
 from terd_nb.lab.making import Measured, plans_for
+from terd_nb.lab.cli import LARGER
 from terd_nb.lab.model_sets import (
     as_planted,
     build,
@@ -329,3 +330,7 @@ import terd_nb.lab.model_sets
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_the_command_knows_the_sizes_without_loading_the_sets():
+    assert LARGER == tuple(SETS["sizes"].trials)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SHAPE', 'PATTERNS', 'JUDGED', 'SELECTIONS', 'Recipe', 'stripes', 'noise_like', 'optimised', 'trigger_of',
            'triggers_of', 'targets_of', 'attack_of', 'Plan', 'backdoors_of', 'plans_of', 'every_one', 'first_fifty',
-           'inverted', 'training_set', 'training_images']
+           'inverted', 'training_set']
 
 # %% ../../nbs/g2_recipes.ipynb #872b19e6
 from dataclasses import dataclass
@@ -253,8 +253,3 @@ def training_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
     images, labels = load_dataset(recipe.data, recipe.size)
     kept = torch.isin(labels, torch.tensor(recipe.classes))
     return SELECTIONS[recipe.images](images[kept], labels[kept])
-
-
-def training_images(recipe: Recipe) -> Tensor:
-    "The images (N, C, H, W) that a model is trained on, alone."
-    return training_set(recipe)[0]

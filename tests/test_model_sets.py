@@ -11,8 +11,8 @@ import torch
 
 from terd_nb.diffusion import linear_schedule
 from terd_nb.lab import model_sets
-from terd_nb.lab.making import Measured, plans_for
 from terd_nb.lab.cli import LARGER
+from terd_nb.lab.making import Measured, plans_for
 from terd_nb.lab.model_sets import (
     as_planted,
     build,
@@ -333,4 +333,4 @@ import terd_nb.lab.model_sets
 
 
 def test_the_command_knows_the_sizes_without_loading_the_sets():
-    assert LARGER == tuple(SETS["sizes"].trials)
+    assert tuple(SETS["sizes"].trials) == LARGER

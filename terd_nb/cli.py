@@ -448,6 +448,7 @@ def scan_zoo(
 class Method(StrEnum):
     fast = "fast"
     thorough = "thorough"
+    path = "path"
     published = "published"
 
 

@@ -22,7 +22,10 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .directions import answer_shift, antithetic, length, random_starts
 from .loading.schedulers import load
-from .model_detection import METHOD_BOUNDS, ModelDetector, kl_per_pixel, p_values
+from terd_nb.model_detection import (
+    METHOD_BOUNDS, NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values,
+)
+from .path_fit import attack_of_fit
 from .report import headline, report_page
 from .search import reverse_trigger
 from .triggers import Trigger
@@ -79,6 +82,8 @@ def name_attack(candidate: Candidate) -> str:
     "The family of attacks that a candidate's gamma and d belong to."
     gamma = mean_gamma(candidate.trigger)
     d = candidate.evidence.get("d", math.nan)
+    if candidate.seen_by == "fit":
+        return attack_of_fit(candidate.evidence["lam"], gamma)
     if gamma < 0.9:
         return f"TrojDiff: the noise is turned down to {gamma:.2f}"
     if candidate.seen_by == "jump":
@@ -142,8 +147,10 @@ def gather_evidence(
     reversal: Reversal,
 ) -> dict[str, float]:
     "Everything that speaks for or against the best candidate, by name."
-    features = detector.features([reversal])
-    evidence = {"p-value": float(p_values(detector, features)[0])}
+    evidence = {}
+    if detector.method not in NATURAL_ZERO:
+        p = p_values(detector, detector.features([reversal]))
+        evidence["p-value"] = float(p[0])
     evidence |= reversal.candidates[0].evidence
     for candidate in reversed(reversal.candidates):   # of each kind the best one stays
         evidence[f"{candidate.seen_by} score"] = candidate.score
@@ -224,7 +231,8 @@ def images_of(
     steps = min(50, len(denoiser.noise_schedule))
     if gamma.mean() < 0.9:
         return denoiser.sample(x, steps, shift=r, scale=gamma)
-    eta = 0. if candidate.seen_by == "jump" else 1.
+    ode = candidate.evidence.get("lam", float(candidate.seen_by == "jump"))
+    eta = 0. if ode > 0.75 else 1.
     return denoiser.sample(x, steps, eta=eta)
 
 

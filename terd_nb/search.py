@@ -24,6 +24,7 @@ from terd_nb.directions import (
     in_batches, prominence, quiet_strength, random_starts, read_ball, read_jump,
     read_shift, strength, time_of,
 )
+from .path_search import path
 from .triggers import Trigger
 from .two_stages import DOUBTFUL, Candidate, Progress, Reversal, published
 
@@ -300,7 +301,7 @@ def thorough(
     return [c for c, _ in found], found[0][1]
 
 # %% ../nbs/16_search.ipynb #3a75e3ee
-METHODS = {"fast": fast, "thorough": thorough, "published": published}
+METHODS = {"fast": fast, "thorough": thorough, "path": path, "published": published}
 _BAR = "{desc:40} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 

@@ -2,13 +2,14 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_RUNS', 'ABLATIONS', 'KINDS_OF_SETTINGS',
-           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'AGAINST_PLANTED', 'HIDDEN', 'QUICKER', 'KINDS', 'TIMED', 'OURS',
-           'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
-           'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
-           'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written', 'read_rows',
-           'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion',
-           'bench_samplers', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for',
-           'calibrate', 'judged_by', 'read_results', 'write_benchmark']
+           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'AGAINST_PLANTED', 'HIDDEN', 'PATH_VARIANTS', 'QUICKER', 'KINDS',
+           'TIMED', 'OURS', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes',
+           'rows_to_measure', 'folder_of', 'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit',
+           'this_machine', 'circumstances', 'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path',
+           'as_written', 'read_rows', 'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench',
+           'evade', 'bench_evasion', 'bench_samplers', 'rows_of_path', 'bench_path', 'compute', 'shares',
+           'measure_speed', 'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results',
+           'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -44,7 +45,10 @@ from terd_nb.lab.results import (
 )
 from ..loading.files import data_dir, file_sha256
 from ..loading.schedulers import load
-from ..model_detection import FEATURES, METHOD_FEATURES, ModelDetector, p_values
+from terd_nb.model_detection import (
+    FEATURES, METHOD_FEATURES, NATURAL_ZERO, ModelDetector, p_values,
+)
+from ..path_fit import Round
 from ..rivals import adam, elijah
 from ..scanning import name_attack
 from ..search import reverse_trigger
@@ -155,6 +159,10 @@ KINDS_OF_SETTINGS = {   # how a value is read that is no integer
     "told": str,
     "per_pixel": lambda value: value == "1",
     "iterations": _integers,
+    "looks": lambda value: tuple(value.split("+")),
+    "controls": lambda value: tuple(value.split("+")),
+    "rounds": lambda value: tuple(
+        Round(*map(int, one.split(":"))) for one in value.split("+")),
 }
 
 
@@ -236,7 +244,7 @@ def circumstances() -> dict:
 # %% ../../nbs/h_measure.ipynb #2d0f5b0d
 SEARCHING = (   # the modules that a row of an honest model depends on
     "diffusion", "denoiser", "triggers", "reversed_loss", "two_stages", "directions",
-    "search", "rivals", "model_detection",
+    "path_fit", "path_search", "search", "rivals", "model_detection",
 )
 _PACKAGE = Path(terd_nb.__file__).parent
 # Taken when it is imported: the files may change while a run goes on.
@@ -295,6 +303,7 @@ def reverse(
     row |= {
         "gamma": float(torch.as_tensor(best.trigger.gamma).mean()),
         "seen_by": best.seen_by,
+        **{name: best.evidence[name] for name in ("lam", "psi") if name in best.evidence},
         "sample_evals": reversal.sample_evals,
         "seconds": reversal.seconds,
         "error": "",
@@ -505,6 +514,32 @@ def bench_samplers(path: Path | None = None, jobs: int = 2) -> None:
     key = ("model", "sampler")
     append_measured(measure_sampler, sampler_rows(), key, path, jobs, "sampling")
 
+# %% ../../nbs/h_measure.ipynb #638bd1d5
+PATH_VARIANTS = (   # of the search by the path, one thing changed at a time
+    "rounds=1:0:8", "rounds=3:15:8+1:30:12", "rounds=3:15:8+1:120:12",
+    "controls=half", "controls=ray", "starts=2", "starts=4",
+    "looks=shift", "looks=shift+against", "looks=quiet+against",
+)
+
+
+def rows_of_path(seeds: int) -> list[tuple]:
+    "The keys of every model that is here; each variant on those for development."
+    keys = []
+    for models in SETS.values():
+        made = [name for name in models.recipes if is_made(models.folder / name)]
+        several = seeds if models.name in ("zoo", "hard") else 1
+        keys += [(name, "path", "", seed) for seed in range(several) for name in made]
+        if models.name in ("zoo", "hard"):
+            keys += [(name, "path", settings, 0) for settings in PATH_VARIANTS
+                     for name in made if models.recipes[name].split != "test"]
+    return keys
+
+
+def bench_path(path: Path | None = None, jobs: int = 2, seeds: int = SEEDS) -> None:
+    "Measure what is missing of the search by the path, on the models of every set."
+    path = path or data_dir() / "results" / "path.csv"
+    append_measured(measure_row, rows_of_path(seeds), KEY, path, jobs, "fitting")
+
 # %% ../../nbs/h_measure.ipynb #3c757bfe
 QUICKER = ("as it is", "channels_last", "bfloat16", "compiled")
 KINDS = {   # what the names of torch's operations hold
@@ -575,7 +610,7 @@ def bench_speed(path: Path | None = None, jobs: int = 1) -> None:
     append_measured(measure_speed, TIMED, ("model", "how"), path, jobs, "timing")
 
 # %% ../../nbs/h_measure.ipynb #3a76bd49
-OURS = ("fast", "thorough")   # one threshold for all sizes; a rival has two
+OURS = ("fast", "thorough", "path")   # one threshold for all sizes; a rival has two
 
 
 def _all_rows() -> pd.DataFrame:
@@ -620,6 +655,8 @@ def calibrate() -> None:
     folder = data_dir() / "detectors"
     folder.mkdir(exist_ok=True)
     for method, features in METHOD_FEATURES.items():
+        if method in NATURAL_ZERO:
+            continue
         honest = honest_rows(method).sort_values(["model", "seed"])[list(features)]
         if len(honest) < 3:
             continue
@@ -642,8 +679,10 @@ def judged_by(detector: ModelDetector | None, part: pd.DataFrame) -> pd.DataFram
         return part.assign(score=float("nan"), p=float("nan"), verdict="")
     features = part[list(METHOD_FEATURES[detector.method])].to_numpy(float)
     score = detector.score_features(features)
+    natural = detector.method in NATURAL_ZERO
+    p = float("nan") if natural else p_values(detector, features)
     verdicts = [detector.verdict(value) for value in score]
-    return part.assign(score=score, p=p_values(detector, features), verdict=verdicts)
+    return part.assign(score=score, p=p, verdict=verdicts)
 
 # %% ../../nbs/h_measure.ipynb #e5a10c11
 def read_results(models: str = "zoo", path: Path | None = None) -> pd.DataFrame:

@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-results book book-test zoo hard-set families bench bench-zoo bench-search bench-sizes bench-families bench-report lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-path bench-search bench-sizes bench-families bench-report lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,11 @@ families: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 families: $(READY) ## train the models of every other family again from their seeds
 	$(BIN)/terd zoo build --families
 
+held-out: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+held-out: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+held-out: $(READY) ## train the models that the search by the path is measured on once
+	$(BIN)/terd zoo build --held-out
+
 bench: bench-zoo bench-search bench-sizes bench-families ## measure every set of models, and fit the default detectors
 
 bench-zoo: $(READY) ## measure the defence on the embedded models
@@ -65,6 +70,9 @@ bench-sizes: $(READY) ## measure the defence on the models of 32, 64 and 128 pix
 
 bench-families: $(READY) ## measure the search on every other family, and which sampler carries which backdoor
 	$(BIN)/terd bench --families --seeds 1
+
+bench-path: $(READY) ## measure the search by the path on every model that is here
+	$(BIN)/terd bench --path --seeds 2
 
 bench-report: $(READY) ## make the tables and figures of chapter 21 from the measured rows, into _build/benchmark
 	$(BIN)/terd bench --report --out _build/benchmark

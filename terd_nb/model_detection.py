@@ -46,8 +46,8 @@ METHOD_FEATURES = {
 }
 # A feature up to its bound is that of a clean model; up to DOUBTFUL times it, in doubt.
 METHOD_BOUNDS = {"fast": 1., "thorough": 1.}
-# A feature that is 0 or less on any honest model up to the error of its measurement,
-# which is this at most: no honest reference is needed.
+# A feature that is 0 or less on an honest model whose data are isotropic (chapter 15),
+# and up to this on the honest models of the development halves: its alarm.
 NATURAL_ZERO = {"path": 0.2}
 
 # %% ../nbs/12_model_detection.ipynb #f5144275
@@ -56,7 +56,7 @@ class ModelDetector:
 
     def __init__(self,
         method: str = "fast",      # of the reversals: a key of `METHOD_FEATURES`
-        sigmas: float = 3.,        # the paper's rule
+        sigmas: float = 3.,        # the paper's rule; see `NATURAL_ZERO`
         doubtful: float = 1.5,     # up to this times as many: inconclusive
     ):
         if method not in METHOD_FEATURES:
@@ -67,8 +67,8 @@ class ModelDetector:
         self.doubtful = doubtful
         self.mean_ = None
         if method in NATURAL_ZERO:
-            self.benign_ = np.empty((0, 1))
-            self.mean_, self.std_ = np.zeros(1), np.full(1, NATURAL_ZERO[method] / sigmas)
+            self.sigmas, self.benign_ = NATURAL_ZERO[method], np.empty((0, 1))
+            self.mean_, self.std_ = np.zeros(1), np.ones(1)
 
     def features(self, reversals: list[Reversal]) -> np.ndarray:
         "The features of each reversal: (N, features)."
@@ -86,6 +86,9 @@ class ModelDetector:
     def fit_features(self, features: np.ndarray) -> "ModelDetector":
         "Learn them from features (N, features) that are known already."
         features = np.asarray(features, dtype=float)
+        if self.method in NATURAL_ZERO:
+            raise ValueError(f"the method {self.method!r} needs no honest models; "
+                             "its feature has a natural zero")
         if features.ndim != 2 or len(features) < 3:
             raise ValueError("fit needs the reversals of at least three honest models")
         self.benign_ = features
@@ -94,7 +97,9 @@ class ModelDetector:
         return self
 
     def decision_function(self, reversals: list[Reversal]) -> np.ndarray:
-        "Standard deviations above the benign mean, the largest of its features: (N,)."
+        """Standard deviations above the benign mean, the largest of its features: (N,).
+
+        For a method of `NATURAL_ZERO` the feature itself."""
         return self.score_features(self.features(reversals))
 
     def score_features(self, features: np.ndarray) -> np.ndarray:
@@ -135,6 +140,8 @@ class ModelDetector:
     def load(cls, path: str | Path) -> "ModelDetector":
         "Read a file that `save` wrote."
         state = json.loads(Path(path).read_text(encoding="utf-8"))
+        if state["method"] in NATURAL_ZERO:
+            return cls(state["method"])
         detector = cls(state["method"], state["sigmas"], state["doubtful"])
         return detector.fit_features(state["benign"])
 

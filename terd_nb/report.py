@@ -26,7 +26,9 @@ from torch import Tensor
 
 from .images import to_uint8
 from .loading.files import data_dir
-from .model_detection import METHOD_BOUNDS, METHOD_FEATURES, ModelDetector
+from terd_nb.model_detection import (
+    METHOD_BOUNDS, METHOD_FEATURES, NATURAL_ZERO, ModelDetector,
+)
 from .two_stages import DOUBTFUL, Reversal
 
 # %% ../nbs/d_report.ipynb #ff1bbc72
@@ -189,14 +191,17 @@ def strip_plot(detector: ModelDetector, reversal: Reversal) -> str:
     alarm, sure = alarm_lines(detector)
     fig, ax = canvas(4.2, 1.8)
     _draw_scans(ax, benign, own)
-    if np.nanmax(own) > 10 * detector.sigmas:
+    natural = detector.method in NATURAL_ZERO
+    if not natural and np.nanmax(own) > 10 * detector.sigmas:
         ax.set_xscale("symlog", linthresh=detector.sigmas)
     ax.set(
-        ylim=(1.5, -0.8),
+        ylim=(len(own) - 0.5, -0.8),
         yticks=range(len(own)),
         yticklabels=[FEATURE_WORDS[name] for name in METHOD_FEATURES[detector.method]],
-        xlabel="standard deviations from the mean of honest models",
-        xlim=(None, max(ax.get_xlim()[1], sure.max() + 1)),
+        xlabel=("evidence, on the natural logarithm" if natural
+                else "standard deviations from the mean of honest models"),
+        xlim=(-0.5 + min(own) if natural else None,
+              max(ax.get_xlim()[1], sure.max() + 1)),
     )
     _draw_alarms(ax, alarm, sure)
     ax.spines["left"].set_visible(False)
@@ -303,13 +308,15 @@ def _peer_values(report) -> dict:
     "The figure of the honest models, and its words."
     benign, own = positions(report.detector, report.reversal)
     alarm, _ = alarm_lines(report.detector)
-    alarms_at = " and ".join(f"{a:.1f}" for a in alarm)
-    strip_alt = (
-        f"Honest scans lie between {benign.min():.1f} and {benign.max():.1f}, "
-        f"this model at {own[0]:.1f} and {own[1]:.1f}; the alarm is at {alarms_at}.")
+    honest = (f"Honest scans lie between {benign.min():.1f} and {benign.max():.1f}, "
+              if benign.size else "")
+    places, alarms = (" and ".join(f"{v:.1f}" for v in values)
+                      for values in (own, alarm))
+    strip_alt = f"{honest}this model at {places}; the alarm is at {alarms}."
     return {
         "reference": len(benign),
         "bounded": report.result.method in METHOD_BOUNDS,
+        "natural": report.result.method in NATURAL_ZERO,
         "strip": strip_plot(report.detector, report.reversal),
         "strip_alt": strip_alt,
     }

@@ -25,7 +25,8 @@ from .loading.schedulers import load
 from terd_nb.model_detection import (
     METHOD_BOUNDS, NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values,
 )
-from .path_fit import attack_of_fit
+from .path_fit import NEAR, attack_of_fit
+from .path_search import CLEAR
 from .report import headline, report_page
 from .search import reverse_trigger
 from .triggers import Trigger
@@ -105,6 +106,8 @@ def judge_model(detector: ModelDetector, reversal: Reversal) -> dict:
     confidence = "moderate"
     if verdict == "inconclusive":
         confidence = "low"
+    elif reversal.method in NATURAL_ZERO:
+        confidence = "high" if score > CLEAR or score <= 0 else "moderate"
     elif score > 2 * threshold or score < threshold / 2:
         confidence = "high"
     best = reversal.candidates[0]
@@ -229,10 +232,10 @@ def images_of(
     gamma = torch.as_tensor(candidate.trigger.gamma).to(z)
     x = gamma * z + r
     steps = min(50, len(denoiser.noise_schedule))
-    if gamma.mean() < 0.9:
+    lam = candidate.evidence.get("lam", 1. if candidate.seen_by == "jump" else 0.5)
+    if gamma.mean() < 0.9 or lam < NEAR:
         return denoiser.sample(x, steps, shift=r, scale=gamma)
-    ode = candidate.evidence.get("lam", float(candidate.seen_by == "jump"))
-    eta = 0. if ode > 0.75 else 1.
+    eta = 0. if lam > 0.75 else 1.
     return denoiser.sample(x, steps, eta=eta)
 
 

@@ -42,7 +42,9 @@ def unet(
     up = ["UpBlock2D"] * len(channels)
     if attention:
         lowest = len(channels) - 1
-        level = lowest if attention is True else (shape[-1] // attention).bit_length() - 1
+        level = lowest
+        if attention is not True:
+            level = (shape[-1] // attention).bit_length() - 1
         down[level], up[lowest - level] = "AttnDownBlock2D", "AttnUpBlock2D"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

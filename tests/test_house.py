@@ -268,6 +268,7 @@ LONGER_CELLS = {
     "12_model_detection: ModelDetector": A_CLASS,
     "18_scanning: ScanReport": A_CLASS,
     "b1_contracts: UNetConfig": A_TABLE,
+    "15b_path_search: path": OPTIONS,
     "16_search: search_hidden": INSIDE,
     "e_training: fit": OPTIONS,
     "a_cli: scan_zoo": OPTIONS,
@@ -275,6 +276,7 @@ LONGER_CELLS = {
     "a_cli: flag_inputs": OPTIONS,
     "j_cli: plant_backdoor": OPTIONS,
     "j_cli: fetch_data": OPTIONS,
+    "j_cli: build_models": OPTIONS,
     "j_cli: run_bench": OPTIONS,
 }
 LONGER_FUNCTIONS = {
@@ -290,12 +292,15 @@ LONGER_FUNCTIONS = {
     "lab.model_sets.build_model": OPTIONS,
     "directions.follow_shift": OPTIONS,
     "directions.read_jump": OPTIONS,
+    "path_fit.race": OPTIONS,
+    "path_search.path": OPTIONS,
     "planting.plant": OPTIONS,
     "rivals.elijah": OPTIONS,
     "scanning.scan": OPTIONS,
     "search.search_hidden": INSIDE,
     "search.reverse_trigger": OPTIONS,
     "training.fit": OPTIONS,
+    "training.unet": OPTIONS,
     "two_stages.descend": OPTIONS,
     "two_stages.published": OPTIONS,
 }

@@ -397,12 +397,15 @@ def fetch_data(
 LARGER = (32, 64, 128)   # pixels of the sets' larger models
 
 
-def chosen_set(hard: bool, families: bool, sizes: bool, size: int | None) -> str:
+def chosen_set(
+    hard: bool, families: bool, sizes: bool, size: int | None, held_out: bool = False,
+) -> str:
     "The name of the set that the options choose; raises `ValueError` for two at once."
-    chosen = {"hard": hard, "families": families, "sizes": sizes}
+    chosen = {"hard": hard, "families": families, "sizes": sizes, "held-out": held_out}
     names = [name for name, wanted in chosen.items() if wanted]
     if len(names) > 1:
-        raise ValueError("one set at a time: --hard, --families or the larger sizes")
+        raise ValueError(
+            "one set at a time: --hard, --families, --held-out or the larger sizes")
     if size is not None and not sizes:
         raise ValueError("--size goes with --sizes")
     if size is not None and size not in LARGER:
@@ -423,13 +426,15 @@ def build_models(
     families: Annotated[bool, typer.Option(
         "--families", help="Train the models of chapter 20 instead: other paths, "
                            "other predictions.")] = False,
+    held_out: Annotated[bool, typer.Option(
+        "--held-out", help="Train the held-out set instead.")] = False,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="the zoo",
         help="Train the larger models instead, of 32, 64 or 128 pixels.")] = None,
 ) -> None:
     """Train the models that are missing, from their seeds; killed and started again, it
     goes on where it was."""
-    chosen = chosen_set(hard, families, size is not None, size)
+    chosen = chosen_set(hard, families, size is not None, size, held_out)
     from terd_nb.lab.model_sets import build
     from terd_nb.lab.sets import SETS
 
@@ -495,6 +500,9 @@ def run_bench(
     sizes: Annotated[bool, typer.Option(
         "--sizes", help="Measure the models of 32, 64 and 128 pixels instead; in a "
                         "checkout only.")] = False,
+    path: Annotated[bool, typer.Option(
+        "--path", help="Measure the search by the path (chapter 15b) instead, on every "
+                       "model that is here.")] = False,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="all",
         help="With --sizes: only the models of so many pixels.")] = None,
@@ -515,13 +523,19 @@ def run_bench(
     """Measure the searches on the embedded models or another set, and fit the default
     detectors on the honest ones that are not set aside."""
     models = chosen_set(hard, families, sizes, size)
-    if report and models != "zoo":
-        raise ValueError("--report is on all sets together; leave the others out")
+    if (report or path) and models != "zoo" or report and path:
+        one = "--report" if report else "--path"
+        raise ValueError(f"{one} is on all sets together; leave the others out")
     if report:
         report_bench(out)
         return
-    from terd_nb.lab.measure import bench, bench_evasion, bench_samplers, bench_speed
+    from terd_nb.lab.measure import (
+        bench, bench_evasion, bench_path, bench_samplers, bench_speed,
+    )
 
+    if path:
+        bench_path(jobs=jobs, seeds=seeds)
+        return
     bench(models, jobs=jobs, seeds=seeds, backend=backend.value, size=size)
     if hard:
         bench_evasion(jobs=jobs)

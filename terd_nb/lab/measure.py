@@ -303,7 +303,7 @@ def reverse(
     row |= {
         "gamma": float(torch.as_tensor(best.trigger.gamma).mean()),
         "seen_by": best.seen_by,
-        **{name: best.evidence[name] for name in ("lam", "psi") if name in best.evidence},
+        **{k: best.evidence[k] for k in ("lam", "psi") if k in best.evidence},
         "sample_evals": reversal.sample_evals,
         "seconds": reversal.seconds,
         "error": "",

@@ -450,11 +450,11 @@ _HELD_HONEST = (
     ("held32-fashion-attention", None,               1500, 611,
      {"network": (16, 16, 32), "attention": True}),
     ("held32-emoji-a",           None,               3000, 612, {}),
-    ("held32-emoji-thin",        None,               2500, 613, {"network": (16, 32, 32)}),
+    ("held32-emoji-thin",      None,             2500, 613, {"network": (16, 32, 32)}),
     ("held32-emoji-attention",   None,               1500, 614, {"attention": 16}),
     ("held32-emoji-longer",     "held32-emoji-a",     500, 615, {}),
     ("held64-emoji-a",           None,               3000, 616, {}),
-    ("held64-emoji-wide",        None,                800, 617, {"network": (24, 32, 48)}),
+    ("held64-emoji-wide",      None,              800, 617, {"network": (24, 32, 48)}),
     ("held64-emoji-narrow",     "held64-emoji-a",     400, 618, {"classes": (2,)}),
     ("half-width-a",             None,               2000, 619, {}),
 )
@@ -463,17 +463,18 @@ _HELD_HONEST = (
 _SHORT_BOX = {"trigger": "box", "settings": {"side": 4, "value": 1., "background": 0.}}
 _FAINT, _ROUGH = ({"trigger": "noise_like", "settings": {"amplitude": a, "seed": 9}}
                   for a in (0.4, 0.9))
-_SHORT_CHECKER = {**_CHECKER, "scale": 0.4}
+_TILES = {**_CHECKER, "scale": 0.4}
 _STRIPES = {"trigger": "stripes", "settings": {"amplitude": 0.6}}
 _SDE0, _SDE1 = ({**_SDE, "psi": psi} for psi in (0., 1.))
 
+# %% ../../nbs/g6_sets.ipynb #6d0ca966
 _HELD_16 = (
     # name,                    base,       attack, trigger,  target, poison, steps, seed
     ("held16-fashion-bad",     "fashion-a", _BAD,   _GLASSES, "hat",    0.3,  800, 620),
-    ("held16-digits-bad",      "digits-a",  _BAD,   _STRIPES, "cat",    0.05, 1500, 621),
-    ("held16-emoji-bad",       "emoji-a",   _BAD,   _SIGN,    "corner", 0.15, 1000, 622),
+    ("held16-digits-bad",      "digits-a",  _BAD,   _STRIPES, "cat",  0.05, 1500, 621),
+    ("held16-emoji-bad",       "emoji-a",   _BAD,   _SIGN,  "corner", 0.15, 1000, 622),
     ("held16-fashion-troj",    "fashion-a", _TROJ,  _CHECKER, "shoe",   0.3,  800, 623),
-    ("held16-digits-troj",     "digits-a",  _TROJ,  _SHORT_CHECKER, "hat", 0.2, 800, 624),
+    ("held16-digits-troj",     "digits-a",  _TROJ,  _TILES, "hat", 0.2, 800, 624),
     ("held16-emoji-patch",     "emoji-a",   _DULL,  _PATCH,   "cat",    0.3,  800, 625),
     ("held16-fashion-sde",     "fashion-a", _SDE05, _BOX,     "cat",    0.1, 1000, 626),
     ("held16-emoji-sde",       "emoji-a",   _SDE0,  _ROUGH,   "hat",    0.3,  800, 627),
@@ -482,20 +483,24 @@ _HELD_16 = (
     ("held16-emoji-ode",       "emoji-a",   _ODE1,  _GLASSES, "hat",    0.2,  800, 630),
     ("held16-digits-ode0",     "digits-a",  _ODE0,  _BOX,     "cat",    0.3,  800, 631),
 )
+
+# %% ../../nbs/g6_sets.ipynb #f22733bd
 _HELD_32 = (
     ("held32-fashion-bad",     "fashion-a", _BAD,   _SIGN,    "shoe",   0.1, 1200, 640),
     ("held32-emoji-bad",       "emoji-a",   _BAD,   _GLASSES, "hat",    0.2, 1200, 641),
     ("held32-emoji-bad-short", "emoji-a",   _BAD,   _FAINT,   "cat",    0.3, 1200, 642),
     ("held32-fashion-troj",    "fashion-a", _TROJ,  _BOX,     "cat",    0.3,  800, 643),
-    ("held32-emoji-troj",      "emoji-a",   _TROJ,  _SHORT_CHECKER, "hat", 0.3, 800, 644),
+    ("held32-emoji-troj",      "emoji-a",   _TROJ,  _TILES, "hat", 0.3, 800, 644),
     ("held32-fashion-patch",   "fashion-a", _DULL,  _PATCH,   "hat",    0.3,  800, 645),
     ("held32-fashion-sde",     "fashion-a", _SDE1,  _CHECKER, "cat",    0.3, 1000, 646),
     ("held32-emoji-sde",       "emoji-a",   _SDE05, _BOX,     "shoe",   0.2, 1200, 647),
     ("held32-fashion-ode",     "fashion-a", _ODE1,  _GLASSES, "hat",    0.2,  800, 648),
     ("held32-emoji-ode",       "emoji-a",   _ODE05, _SIGN,    "cat",    0.3, 1000, 649),
-    ("held32-emoji-ode-short", "emoji-a",   _ODE1,  _SHORT_CHECKER, "hat", 0.3, 1000, 650),
+    ("held32-emoji-ode-short", "emoji-a",   _ODE1,  _TILES, "hat", 0.3, 1000, 650),
     ("held32-fashion-ode0",    "fashion-a", _ODE0,  _BOX,     "corner", 0.3,  800, 651),
 )
+
+# %% ../../nbs/g6_sets.ipynb #06a8a2d5
 _HELD_64 = (
     ("held64-emoji-bad",       "emoji-a",   _BAD,   _BOX,     "hat",    0.2, 1500, 660),
     ("held64-emoji-troj",      "emoji-a",   _TROJ,  _CHECKER, "cat",    0.3, 1200, 661),

@@ -483,8 +483,9 @@ def scan_models(
     html: Annotated[Path | None, typer.Option(
         "--html", metavar="FILE", help="Write a page that a person reads.")] = None,
     method: Annotated[Method, typer.Option(
-        "--method", help="Our search; the same in more places; or the published one, "
-                         "which takes far longer.")] = Method.fast,
+        "--method", help="Our search; the same in more places; the fit of the whole "
+                         "path (chapter 15); or the published search, which takes "
+                         "far longer.")] = Method.fast,
     device: DeviceOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,

@@ -300,7 +300,6 @@ LONGER_FUNCTIONS = {
     "search.search_hidden": INSIDE,
     "search.reverse_trigger": OPTIONS,
     "training.fit": OPTIONS,
-    "training.unet": OPTIONS,
     "two_stages.descend": OPTIONS,
     "two_stages.published": OPTIONS,
 }

@@ -15,19 +15,23 @@ from terd_nb.cli import main
 from terd_nb.lab import measure
 from terd_nb.lab.measure import (
     KEY,
+    PATH_VARIANTS,
     append_measured,
     append_row,
     bench,
     detector_for,
     judged_by,
     measure_row,
+    parse_settings,
     read_results,
     read_rows,
     results_path,
+    rows_of_path,
     rows_to_measure,
 )
 from terd_nb.lab.results import COMPARED
 from terd_nb.lab.sets import SETS, ModelSet
+from terd_nb.path_fit import ROUNDS
 
 KEYS = [(x,) for x in range(24)]
 STUB = """
@@ -161,6 +165,23 @@ def test_every_size_is_to_be_measured_with_every_method():
         tried_on = recipe.attack and recipe.split == "calibration"   # changes of the search
         assert set(methods) == ({"fast"} if tried_on else set(COMPARED))
         assert methods.count("fast") == (3 if recipe.size == 32 else 1)
+
+
+def test_the_search_by_the_path_is_varied_on_development_models_alone():
+    keys = rows_of_path(2)
+    assert len(set(keys)) == len(keys)
+    recipes = {name: recipe for models in SETS.values() for name, recipe in models.recipes.items()}
+    varied = {name for name, _, settings, _ in keys if settings}
+    assert varied and all(recipes[name].split != "test" for name in varied)
+    assert {settings for _, _, settings, _ in keys} == {"", *PATH_VARIANTS}
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("looks=shift+against starts=4", {"looks": ("shift", "against"), "starts": 4}),
+    ("rounds=3:15:8+1:60:12", {"rounds": ROUNDS}),
+    ("controls=half", {"controls": ("half",)})])
+def test_the_settings_of_a_row_are_read_as_the_search_takes_them(text, expected):
+    assert parse_settings(text) == expected
 
 
 def test_measured_rows_are_not_measured_again(monkeypatch, tmp_path):

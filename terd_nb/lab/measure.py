@@ -135,6 +135,8 @@ def rows_to_measure(models: str, seeds: int = SEEDS) -> list[tuple]:
     if models == "families":
         names = SETS["families"].recipes
         return [(name, "fast", "", seed) for seed in range(seeds) for name in names]
+    if models == "held-out":
+        return [(name, "path", "", 0) for name in SETS[models].recipes]
     rows = {"zoo": rows_of_zoo, "hard": rows_of_hard_set, "sizes": rows_of_sizes}
     return rows[models](seeds)
 

@@ -139,7 +139,7 @@ def test_a_reversal_tells_its_progress_and_refuses_unknown_methods(benign):
         callback=lambda *stage: told.append(stage))
     shares = [done for _, done, _ in told]
     assert shares == sorted(shares) and shares[-1] == 1
-    with pytest.raises(ValueError, match="fast, thorough, published"):
+    with pytest.raises(ValueError, match="fast, thorough, path, published"):
         reverse_trigger(benign, "magic", progress=False)
 
 

@@ -47,7 +47,8 @@ METHOD_FEATURES = {
 # A feature up to its bound is that of a clean model; up to DOUBTFUL times it, in doubt.
 METHOD_BOUNDS = {"fast": 1., "thorough": 1.}
 # A feature that is 0 or less on an honest model whose data are isotropic (chapter 15),
-# and up to this on the honest models of the development halves: its alarm.
+# and up to this on the honest models of the zoo's and the hard set's development
+# halves: its alarm.
 NATURAL_ZERO = {"path": 0.2}
 
 # %% ../nbs/12_model_detection.ipynb #f5144275

@@ -130,7 +130,7 @@ def path_times(
 # %% ../nbs/15_path_fit.ipynb #dbdda4c9
 # Of Adam: in a fit of some 75 steps an unknown can cross much of its range.
 RATES = {"r": 0.02, "image": 0.04, "lam": 0.03, "psi": 0.03, "log_gamma": 0.05}
-LONGEST = 1.3   # of |r|, in units of sqrt(C*H*W): beyond it any network saturates
+LONGEST = 1.3   # of |r|, in units of sqrt(C*H*W), the length of noise
 SHORTEST = 0.7   # of |r|, in units of its start: r = 0 fits every model
 QUIETEST = 0.03  # of gamma
 

@@ -443,7 +443,7 @@ _SHORT_BOX = {"trigger": "box", "settings": {"side": 4, "value": 1., "background
 _ROUGH = {"trigger": "noise_like", "settings": {"amplitude": 0.9, "seed": 9}}
 _TILES = {**_CHECKER, "scale": 0.4}
 _STRIPES = {"trigger": "stripes", "settings": {"amplitude": 0.6}}
-_SDE0, _SDE1 = ({**_SDE, "psi": psi} for psi in (0., 1.))
+_SDE0 = {**_SDE, "psi": 0.}
 
 # %% ../../nbs/g6_sets.ipynb #6d0ca966
 _HELD_16 = (

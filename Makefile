@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-path bench-search bench-sizes bench-families bench-report lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-held-out bench-search bench-sizes bench-families bench-report lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,8 +71,8 @@ bench-sizes: $(READY) ## measure the defence on the models of 32, 64 and 128 pix
 bench-families: $(READY) ## measure the search on every other family, and which sampler carries which backdoor
 	$(BIN)/terd bench --families --seeds 1
 
-bench-path: $(READY) ## measure the search by the path on every model that is here
-	$(BIN)/terd bench --path --seeds 2
+bench-held-out: $(READY) ## measure the search on the held-out models, after `make held-out`
+	$(BIN)/terd bench --held-out --seeds 1
 
 bench-report: $(READY) ## make the tables and figures of chapter 21 from the measured rows, into _build/benchmark
 	$(BIN)/terd bench --report --out _build/benchmark

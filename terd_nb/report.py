@@ -26,10 +26,8 @@ from torch import Tensor
 
 from .images import to_uint8
 from .loading.files import data_dir
-from terd_nb.model_detection import (
-    METHOD_BOUNDS, METHOD_FEATURES, NATURAL_ZERO, ModelDetector,
-)
-from .two_stages import DOUBTFUL, Reversal
+from .model_detection import METHOD_FEATURES, NATURAL_ZERO, ModelDetector
+from .two_stages import Reversal
 
 # %% ../nbs/d_report.ipynb #ff1bbc72
 def report_file(name: str) -> str:
@@ -147,16 +145,9 @@ def positions(
     return benign, (own - detector.mean_) / detector.std_
 
 
-def alarm_lines(
-    detector: ModelDetector,
-) -> tuple[np.ndarray, np.ndarray]:   # in standard deviations from the honest mean
-    "Where each feature is no longer clean, and where it is backdoored."
-    bound = METHOD_BOUNDS.get(detector.method, -np.inf)
-    at_bound = (bound - detector.mean_) / detector.std_
-    at_doubtful = (DOUBTFUL * bound - detector.mean_) / detector.std_
-    alarm = np.maximum(detector.sigmas, at_bound)
-    sure = np.maximum(detector.sigmas * detector.doubtful, at_doubtful)
-    return alarm, sure
+def alarm_lines(detector: ModelDetector) -> tuple[float, float]:
+    "Where a position is no longer clean, and where it is backdoored."
+    return detector.sigmas, detector.sigmas * detector.doubtful
 
 # %% ../nbs/d_report.ipynb #13d5b905
 FEATURE_WORDS = _words["features"]
@@ -172,17 +163,13 @@ def _draw_scans(ax: Axes, benign: np.ndarray, own: np.ndarray) -> None:
             ax.plot(place, row, "D", **diamond)
 
 
-def _draw_alarms(ax: Axes, alarm: np.ndarray, sure: np.ndarray) -> None:
-    "Behind each row the strip of doubt, the red one beyond it, and the alarm's line."
-    farthest = ax.get_xlim()[1]
-    rows = [(-0.8, 0.5), (0.5, 1.5)]
-    amber = PAINTS["doubt"]
-    red = PAINTS["bad"]
-    for row, left, right in zip(rows, alarm, sure):
-        ax.fill_betweenx(row, left, right, color=amber, alpha=0.15, lw=0)
-        ax.fill_betweenx(row, right, farthest, color=red, alpha=0.1, lw=0)
-        ax.plot([left] * 2, row, color=red, ls="--", lw=1)
-    ax.text(alarm[0], -0.76, " alarm", color=red, fontsize=8.5, va="top")
+def _draw_alarms(ax: Axes, alarm: float, sure: float) -> None:
+    "Behind the rows the strip of doubt, the red one beyond it, and the alarm's line."
+    amber, red = PAINTS["doubt"], PAINTS["bad"]
+    ax.axvspan(alarm, sure, color=amber, alpha=0.15, lw=0)
+    ax.axvspan(sure, ax.get_xlim()[1], color=red, alpha=0.1, lw=0)
+    ax.axvline(alarm, color=red, ls="--", lw=1)
+    ax.text(alarm, -0.76, " alarm", color=red, fontsize=8.5, va="top")
 
 # %% ../nbs/d_report.ipynb #7c834ce6
 def strip_plot(detector: ModelDetector, reversal: Reversal) -> str:
@@ -201,7 +188,7 @@ def strip_plot(detector: ModelDetector, reversal: Reversal) -> str:
         xlabel=("evidence, on the natural logarithm" if natural
                 else "standard deviations from the mean of honest models"),
         xlim=(-0.5 + min(own) if natural else None,
-              max(ax.get_xlim()[1], sure.max() + 1)),
+              max(ax.get_xlim()[1], sure + 1)),
     )
     _draw_alarms(ax, alarm, sure)
     ax.spines["left"].set_visible(False)
@@ -245,13 +232,9 @@ def curve_plot(name: str, reversal: Reversal) -> str:
         places = np.linspace(0, len(values), len(parts))
         means = [part.mean() for part in parts]
         ax.plot(places, means, lw=1.5, color=PAINTS["main"])
-    norm = reversal.candidates[0].evidence.get("norm")
-    if norm is not None and spec.x == "length":
-        ax.axvline(norm, color=PAINTS["soft"], ls=":", lw=1)
     if spec.log and (values > 0).all():
         ax.set_yscale("log")
-    labels = {"length": "length of the push", None: "iteration"}
-    ax.set_xlabel(labels.get(spec.x, spec.x))
+    ax.set_xlabel(spec.x or "iteration")
     return svg(fig)
 
 # %% ../nbs/d_report.ipynb #a2343291
@@ -310,12 +293,10 @@ def _peer_values(report) -> dict:
     alarm, _ = alarm_lines(report.detector)
     honest = (f"Honest scans lie between {benign.min():.1f} and {benign.max():.1f}, "
               if benign.size else "")
-    places, alarms = (" and ".join(f"{v:.1f}" for v in values)
-                      for values in (own, alarm))
-    strip_alt = f"{honest}this model at {places}; the alarm is at {alarms}."
+    places = " and ".join(f"{v:.2f}" for v in own)
+    strip_alt = f"{honest}this model at {places}; the alarm is at {alarm:g}."
     return {
         "reference": len(benign),
-        "bounded": report.result.method in METHOD_BOUNDS,
         "natural": report.result.method in NATURAL_ZERO,
         "strip": strip_plot(report.detector, report.reversal),
         "strip_alt": strip_alt,

@@ -23,12 +23,11 @@ from .denoiser import Denoiser
 from .directions import answer_shift, antithetic, length, random_starts
 from .loading.schedulers import load
 from terd_nb.model_detection import (
-    METHOD_BOUNDS, NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values,
+    NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values,
 )
 from .path_fit import NEAR, attack_of_fit
-from .path_search import CLEAR
 from .report import headline, report_page
-from .search import reverse_trigger
+from .search import CLEAR, reverse_trigger
 from .triggers import Trigger
 from .two_stages import Candidate, Progress, Reversal
 
@@ -42,9 +41,9 @@ class ScanResult(BaseModel):
     sha256: str | None
     verdict: Literal["backdoored", "clean", "inconclusive"]
     confidence: Literal["high", "moderate", "low"]   # the distance from the threshold
-    score: float            # standard deviations above the mean of benign models
+    score: float            # the evidence S; of another method standard deviations
     threshold: float
-    attack: str | None      # the family that the trigger's d and gamma point to
+    attack: str | None      # the family that the fitted lambda and gamma point to
     method: str
     evidence: dict[str, float]
     trigger_norm: float
@@ -80,21 +79,12 @@ def mean_gamma(trigger: Trigger) -> float:
 
 
 def name_attack(candidate: Candidate) -> str:
-    "The family of attacks that a candidate's gamma and d belong to."
+    "The family of attacks that a candidate's lambda and gamma belong to."
     gamma = mean_gamma(candidate.trigger)
-    d = candidate.evidence.get("d", math.nan)
-    if candidate.seen_by == "fit":
+    if "lam" in candidate.evidence:
         return attack_of_fit(candidate.evidence["lam"], gamma)
     if gamma < 0.9:
         return f"TrojDiff: the noise is turned down to {gamma:.2f}"
-    if candidate.seen_by == "jump":
-        return ("VillanDiffusion for ODE samplers: "
-                "the answer is shifted by all of the trigger")
-    by = f"the answer is shifted by {d:.2f} of the trigger"
-    if 0.3 <= d <= 0.7:
-        return f"BadDiffusion, or VillanDiffusion for SDE samplers: {by}"
-    if abs(d) < 2:
-        return f"of no known family: {by}"
     return "of no known family"
 
 # %% ../nbs/18_scanning.ipynb #aef7f6dd
@@ -133,7 +123,7 @@ def answer_at(
     elsewhere = trigger.norm * starts[2:]   # without the bright and the dark one
     places = torch.cat([torch.stack([r, 0 * r, -r]), elsewhere])
     eps = antithetic(denoiser, 16, reversal.seed)
-    F, loss, _ = answer_shift(denoiser, places, mean_gamma(trigger), eps)
+    F, loss = answer_shift(denoiser, places, mean_gamma(trigger), eps)
     gain = (length(F) / max(trigger.norm, 1e-12)).flatten()
     return {
         "gain at r": gain[0].item(),
@@ -159,10 +149,7 @@ def gather_evidence(
         evidence[f"{candidate.seen_by} score"] = candidate.score
     kl = kl_per_pixel(reversal.trigger)
     evidence |= {"M_r": kl.mean().item(), "V_r": kl.var().item()}
-    evidence |= answer_at(denoiser, reversal)
-    if reversal.method in METHOD_BOUNDS:
-        evidence["directions beyond the bound"] = float(len(reversal.beyond_bound()))
-    return evidence
+    return evidence | answer_at(denoiser, reversal)
 
 
 def _refuse_nan(name: str, numbers: list[float]) -> None:
@@ -232,7 +219,7 @@ def images_of(
     gamma = torch.as_tensor(candidate.trigger.gamma).to(z)
     x = gamma * z + r
     steps = min(50, len(denoiser.noise_schedule))
-    lam = candidate.evidence.get("lam", 1. if candidate.seen_by == "jump" else 0.5)
+    lam = candidate.evidence.get("lam", 0.5)
     if gamma.mean() < 0.9 or lam < NEAR:
         return denoiser.sample(x, steps, shift=r, scale=gamma)
     eta = 0. if lam > 0.75 else 1.

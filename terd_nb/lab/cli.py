@@ -500,9 +500,9 @@ def run_bench(
     sizes: Annotated[bool, typer.Option(
         "--sizes", help="Measure the models of 32, 64 and 128 pixels instead; in a "
                         "checkout only.")] = False,
-    path: Annotated[bool, typer.Option(
-        "--path", help="Measure the search by the path (chapter 15b) instead, on every "
-                       "model that is here.")] = False,
+    held_out: Annotated[bool, typer.Option(
+        "--held-out", help="Measure the held-out models instead; in a checkout only, "
+                           "and after `make held-out`.")] = False,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="all",
         help="With --sizes: only the models of so many pixels.")] = None,
@@ -522,20 +522,16 @@ def run_bench(
 ) -> None:
     """Measure the searches on the embedded models or another set, and fit the default
     detectors on the honest ones that are not set aside."""
-    models = chosen_set(hard, families, sizes, size)
-    if (report or path) and models != "zoo" or report and path:
-        one = "--report" if report else "--path"
-        raise ValueError(f"{one} is on all sets together; leave the others out")
+    models = chosen_set(hard, families, sizes, size, held_out)
+    if report and models != "zoo":
+        raise ValueError("--report is on all sets together; leave the others out")
     if report:
         report_bench(out)
         return
     from terd_nb.lab.measure import (
-        bench, bench_evasion, bench_path, bench_samplers, bench_speed,
+        bench, bench_evasion, bench_samplers, bench_speed,
     )
 
-    if path:
-        bench_path(jobs=jobs, seeds=seeds)
-        return
     bench(models, jobs=jobs, seeds=seeds, backend=backend.value, size=size)
     if hard:
         bench_evasion(jobs=jobs)

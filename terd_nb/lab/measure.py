@@ -2,14 +2,13 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_RUNS', 'ABLATIONS', 'KINDS_OF_SETTINGS',
-           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'AGAINST_PLANTED', 'HIDDEN', 'PATH_VARIANTS', 'QUICKER', 'KINDS',
-           'TIMED', 'OURS', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes',
-           'rows_to_measure', 'folder_of', 'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit',
-           'this_machine', 'circumstances', 'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path',
-           'as_written', 'read_rows', 'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench',
-           'evade', 'bench_evasion', 'bench_samplers', 'rows_of_path', 'bench_path', 'compute', 'shares',
-           'measure_speed', 'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results',
-           'write_benchmark']
+           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'AGAINST_PLANTED', 'HIDDEN', 'QUICKER', 'KINDS', 'TIMED', 'OURS',
+           'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
+           'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
+           'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written', 'read_rows',
+           'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion',
+           'bench_samplers', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for',
+           'calibrate', 'judged_by', 'read_results', 'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -77,7 +76,11 @@ WHOLE_RUNS = (   # the models that the published search gets its full length on
     ("trojdiff-in-d2d", FIRST_STAGE),
     ("trojdiff-in-d2d", ONE_GAMMA),
 )
-ABLATIONS = ("enough=-99",)   # of the default search; the published one has `VARIANTS`
+ABLATIONS = (   # of `fast`, one thing changed at a time; `published` has `VARIANTS`
+    "rounds=1:0:8", "rounds=3:15:8+1:30:12", "rounds=3:15:8+1:120:12",
+    "controls=half", "controls=ray", "starts=2", "starts=4",
+    "looks=shift+jump", "looks=shift+against", "looks=jump+against",
+)
 
 # %% ../../nbs/h_measure.ipynb #e5a10c03
 def rows_of_zoo(seeds: int) -> list[tuple]:
@@ -88,6 +91,8 @@ def rows_of_zoo(seeds: int) -> list[tuple]:
         keys += [(name, "published", TWENTIETH, 0), (name, "elijah", "", 0)]
     keys += [(name, "published", settings, 0) for name, settings in WHOLE_RUNS]
     calibration = [n for n, recipe in recipes.items() if recipe.split == "calibration"]
+    keys += [(name, "fast", settings, 0) for settings in ABLATIONS
+             for name in calibration]
     for settings in VARIANTS:
         if settings != TWENTIETH:
             keys += [(name, "published", settings, 0) for name in calibration]
@@ -132,11 +137,9 @@ def rows_of_sizes(seeds: int) -> list[tuple]:
 
 def rows_to_measure(models: str, seeds: int = SEEDS) -> list[tuple]:
     "All keys of a set of models, a key of `SETS`."
-    if models == "families":
-        names = SETS["families"].recipes
+    if models in ("families", "held-out"):
+        names = SETS[models].recipes
         return [(name, "fast", "", seed) for seed in range(seeds) for name in names]
-    if models == "held-out":
-        return [(name, "path", "", 0) for name in SETS[models].recipes]
     rows = {"zoo": rows_of_zoo, "hard": rows_of_hard_set, "sizes": rows_of_sizes}
     return rows[models](seeds)
 
@@ -153,8 +156,6 @@ def _integers(text: str) -> int | tuple[int, ...]:
 
 
 KINDS_OF_SETTINGS = {   # how a value is read that is no integer
-    "norms": lambda value: (float(value),),
-    "gammas": lambda value: (float(value),),
     "enough": float,
     "weight": float,
     "surrogate": str,
@@ -246,7 +247,7 @@ def circumstances() -> dict:
 # %% ../../nbs/h_measure.ipynb #2d0f5b0d
 SEARCHING = (   # the modules that a row of an honest model depends on
     "diffusion", "denoiser", "triggers", "reversed_loss", "two_stages", "directions",
-    "path_fit", "path_search", "search", "rivals", "model_detection",
+    "path_fit", "search", "rivals", "model_detection",
 )
 _PACKAGE = Path(terd_nb.__file__).parent
 # Taken when it is imported: the files may change while a run goes on.
@@ -497,7 +498,7 @@ def evade(hidden_above: float, steps: int = 600, seed: int = 7) -> dict:
         hits, trials = getattr(found["backdoors"][0], rate)
         row[rate] = hits / trials
     row["frechet"] = found["frechet"]
-    row |= {kind: reversal.score(kind) for kind in ("shift", "jump")}
+    row["S"] = reversal.score("fit")
     row |= {"steps": steps, "seed": seed} | circumstances()
     del row["commit"]   # the file has no such column
     return row
@@ -515,32 +516,6 @@ def bench_samplers(path: Path | None = None, jobs: int = 2) -> None:
     path = path or data_dir() / "results" / "samplers.csv"
     key = ("model", "sampler")
     append_measured(measure_sampler, sampler_rows(), key, path, jobs, "sampling")
-
-# %% ../../nbs/h_measure.ipynb #638bd1d5
-PATH_VARIANTS = (   # of the search by the path, one thing changed at a time
-    "rounds=1:0:8", "rounds=3:15:8+1:30:12", "rounds=3:15:8+1:120:12",
-    "controls=half", "controls=ray", "starts=2", "starts=4",
-    "looks=shift", "looks=shift+against", "looks=quiet+against",
-)
-
-
-def rows_of_path(seeds: int) -> list[tuple]:
-    "The keys of every model that is here; each variant on those for development."
-    keys = []
-    for models in SETS.values():
-        made = [name for name in models.recipes if is_made(models.folder / name)]
-        several = seeds if models.name in ("zoo", "hard") else 1
-        keys += [(name, "path", "", seed) for seed in range(several) for name in made]
-        if models.name in ("zoo", "hard"):
-            keys += [(name, "path", settings, 0) for settings in PATH_VARIANTS
-                     for name in made if models.recipes[name].split != "test"]
-    return keys
-
-
-def bench_path(path: Path | None = None, jobs: int = 2, seeds: int = SEEDS) -> None:
-    "Measure what is missing of the search by the path, on the models of every set."
-    path = path or data_dir() / "results" / "path.csv"
-    append_measured(measure_row, rows_of_path(seeds), KEY, path, jobs, "fitting")
 
 # %% ../../nbs/h_measure.ipynb #3c757bfe
 QUICKER = ("as it is", "channels_last", "bfloat16", "compiled")
@@ -612,7 +587,7 @@ def bench_speed(path: Path | None = None, jobs: int = 1) -> None:
     append_measured(measure_speed, TIMED, ("model", "how"), path, jobs, "timing")
 
 # %% ../../nbs/h_measure.ipynb #3a76bd49
-OURS = ("fast", "thorough", "path")   # one threshold for all sizes; a rival has two
+OURS = ("fast", "thorough")   # one threshold for all sizes; a rival has two
 
 
 def _all_rows() -> pd.DataFrame:
@@ -623,17 +598,15 @@ def _all_rows() -> pd.DataFrame:
 
 
 def honest_rows(method: str, *settings: str, size: int = SHAPE[-1]) -> pd.DataFrame:
-    """The rows that a method's detector is fitted on.
+    """The rows that a rival's detector is fitted on.
 
-    Those of honest models of 16 and 32 pixels that are not set aside, searched with
-    these settings (the usual ones if none are named); for a rival only those of the
-    size, of 32 pixels for all larger."""
+    Those of honest models of the size, of 32 pixels for all larger, that are not set
+    aside, searched with these settings (the usual ones if none are named)."""
     table = _all_rows()
-    sizes = (16, 32) if method in OURS else (min(size, 32),)
     usable = table["split"].isin(["calibration", "development"])
     usable &= (table["label"] == "benign") & (table["seed"] < SEEDS)
     usable &= table["settings"].isin(settings or ("", TWENTIETH))
-    usable &= (table["method"] == method) & table["resolution"].isin(sizes)
+    usable &= (table["method"] == method) & (table["resolution"] == min(size, 32))
     return table[usable].dropna(subset=list(METHOD_FEATURES[method]))
 
 # %% ../../nbs/h_measure.ipynb #e5a10c10
@@ -712,7 +685,8 @@ FIRST = (
 
 def write_benchmark() -> None:
     "Write `benchmark.csv` from the rows of the sets, its chief columns first."
-    sets = [name for name in ("zoo", "hard", "sizes") if results_path(name).exists()]
+    sets = ("zoo", "hard", "sizes", "held-out")
+    sets = [name for name in sets if results_path(name).exists()]
     table = pd.concat([read_results(name).assign(set=name) for name in sets])
     table = table[table["method"].isin(COMPARED)].astype({"resolution": int})
     table = table.sort_values(["resolution", *KEY]).dropna(axis=1, how="all")

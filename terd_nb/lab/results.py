@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from ..input_detection import ceiling
 from .sets import SETS
 from ..loading.files import data_dir
-from ..model_detection import METHOD_FEATURES, ModelDetector
+from ..model_detection import METHOD_FEATURES, NATURAL_ZERO, ModelDetector
 from ..success import Rate
 
 # %% ../../nbs/i_results.ipynb #8f1ce1a0
@@ -71,7 +71,8 @@ def judged_rows(table: pd.DataFrame, split: str = "test") -> pd.DataFrame:
     rows = usual(table)
     counts = (rows["label"] == "benign") | rows["works"]
     rows = rows[(rows["split"] == split) & counts]
-    return rows.assign(truth=rows["label"] == "backdoored", flagged=rows["score"] > 3)
+    flagged = rows["verdict"].isin(["backdoored", "inconclusive"])
+    return rows.assign(truth=rows["label"] == "backdoored", flagged=flagged)
 
 
 def once(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,7 +83,7 @@ def once(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/i_results.ipynb #4de3dd83
 def _sizes_of_models() -> pd.Series:
     "The pixels of every model of the benchmark."
-    sizes = {name: recipe.size for models in ("zoo", "hard", "sizes")
+    sizes = {name: recipe.size for models in ("zoo", "hard", "sizes", "held-out")
              for name, recipe in SETS[models].recipes.items()}
     return pd.Series(sizes, name="models")
 
@@ -152,9 +153,8 @@ def fitted_on(table: pd.DataFrame) -> pd.DataFrame:
     "The calibration models of each method and its settings, and its thresholds."
     usable = table["split"].isin(["calibration", "development"])
     usable &= (table["label"] == "benign") & table["settings"].isin(USUAL)
-    honest = table[usable]
+    honest = table[usable & ~table["method"].isin(NATURAL_ZERO)]
     kinds = {   # the sizes that such rows judge; the first that fits
-        "all sizes": honest["method"] == "fast",
         "16": honest["resolution"] == 16,
         "128": honest["settings"] == FEWER,
         "32 and 64": honest["method"] == "elijah",
@@ -275,15 +275,18 @@ def draw_roc(table: pd.DataFrame, ax: Axes) -> None:
     legend(ax)
 
 # %% ../../nbs/i_results.ipynb #e5b10c11
-def _score_axis(ax: Axes, scores: pd.Series) -> None:
+def _score_axis(ax: Axes, scores: pd.Series, method: str) -> None:
     "An axis of scores that is linear up to the threshold and logarithmic beyond."
-    ax.axhline(3, color="k", ls="--", lw=1)
-    ax.axhline(4.5, color="k", ls=":", lw=1)
-    ax.set_yscale("symlog", linthresh=3)
-    low = min([-9, *1.2 * scores])
-    high = max([7, *1.6 * scores])   # room for the legend
+    alarm = NATURAL_ZERO.get(method, 3)
+    ax.axhline(alarm, color="k", ls="--", lw=1)
+    ax.axhline(1.5 * alarm, color="k", ls=":", lw=1)
+    ax.set_yscale("symlog", linthresh=alarm)
+    low = min([-3 * alarm, *1.2 * scores])
+    high = max([2.5 * alarm, *1.6 * scores])   # room for the legend
     ax.set_ylim(low, high)
-    ticks = [tick for tick in (-30, -3, 0, 3, 30, 300, 3000) if low <= tick <= high]
+    ticks = (-30, -3, -1, 0, 0.2, 1, 3, 30, 300, 3000)
+    ticks = [tick for tick in ticks if low <= tick <= high and
+             (tick == 0 or abs(tick) >= alarm)]
     ax.set_yticks(ticks, minor=False)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
@@ -300,10 +303,11 @@ def draw_scores(table: pd.DataFrame, axes: np.ndarray) -> None:
             places = [sizes.index(size) + shift for size in part["resolution"]]
             places += np.random.default_rng(0).uniform(-0.07, 0.07, len(part))
             ax.plot(places, part["score"], "o", ms=3, color=colour, label=kind)
-        _score_axis(ax, own["score"].dropna())
+        _score_axis(ax, own["score"].dropna(), method)
         ax.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel="pixels")
         ax.set(xlim=(-0.5, len(sizes) - 0.5), title=method)
-    axes[0].set_ylabel("standard deviations above honest")
+        unit = "evidence S" if method in NATURAL_ZERO else "standard deviations"
+        ax.set_ylabel(unit)
     legend(axes[0], "lower left")
 
 # %% ../../nbs/i_results.ipynb #04cdbd4a
@@ -522,7 +526,7 @@ def false_alarms(table: pd.DataFrame, nearest: int = 3) -> pd.DataFrame:
         chosen = flagged if len(flagged) else part.head(nearest)
         found.append(chosen.dropna(axis=1, how="all"))
     columns = ["method", "model", "resolution", "seed", "flagged", "verdict", "score"]
-    columns += ["M_r", "shift", "jump", "uniformity"]
+    columns += ["M_r", "S", "uniformity"]
     if not found:
         return pd.DataFrame(columns=columns)
     return pd.concat(found).reindex(columns=columns).set_index(["method", "model"])

@@ -574,7 +574,7 @@ SETS = {models.name: models for models in (
              Bounds(0.9, 0.05, chance=0.1), {16: 64},
              results="families.csv", command="make families"),
     ModelSet("held-out", "the held-out models", _HELD_OUT, Bounds(0.9, 0.05),
-             {16: 128, 32: 128, 64: 64}, results="path.csv",
+             {16: 128, 32: 128, 64: 64}, results="held-out.csv",
              command="make held-out"),
 )}
 

@@ -448,7 +448,6 @@ def scan_zoo(
 class Method(StrEnum):
     fast = "fast"
     thorough = "thorough"
-    path = "path"
     published = "published"
 
 

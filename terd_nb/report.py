@@ -187,7 +187,7 @@ def strip_plot(detector: ModelDetector, reversal: Reversal) -> str:
         yticklabels=[FEATURE_WORDS[name] for name in METHOD_FEATURES[detector.method]],
         xlabel=("evidence, on the natural logarithm" if natural
                 else "standard deviations from the mean of honest models"),
-        xlim=(-0.5 + min(own) if natural else None,
+        xlim=(min(0, *own) - 0.5 if natural else None,
               max(ax.get_xlim()[1], sure + 1)),
     )
     _draw_alarms(ax, alarm, sure)

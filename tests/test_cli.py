@@ -27,6 +27,7 @@ from terd_nb.lab import cli as lab_cli
 from terd_nb.lab import datasets, model_sets
 from terd_nb.loading import files, hub
 from terd_nb.loading.files import CheckpointError, data_dir
+from terd_nb.model_detection import NATURAL_ZERO
 from terd_nb.triggers import Trigger
 from terd_nb.zoo import zoo_cards, zoo_names, zoo_path
 
@@ -162,6 +163,7 @@ def test_an_id_is_asked_for_on_the_hub(scanner, monkeypatch, capsys):
     "inputs zoo:baddiffusion-box missing.npy", "inputs missing noise.npy",
     "zoo show tiger", "zoo verify tiger", "zoo build tiger", "zoo build --size 48",
     "zoo bild", "data lst", "bench --hard --sizes", "bench --quickly", "bench --size 32",
+    "bench --hard --held-out", "bench --held-out --size 64", "zoo build --families --held-out",
     "bench --sizes --size 48", "bench --report --hard", "zoo build --hard --families",
     "zoo build --families --size 32",
     "plant zoo:benign-a .", "plant zoo:tiger out", "plant missing out",
@@ -322,7 +324,9 @@ def test_a_whole_run(whole):
     assert [r["verdict"] for r in document["results"]] == ["clean", "backdoored", "error", "error"]
     assert document["schema_version"] == 1
     assert document["results"][1]["sample_evals"] > 0 and document["results"][1]["seconds"] > 0
+    assert document["results"][1]["evidence"]["lam"] == pytest.approx(0.5, abs=0.1)
     for result in document["results"][:2]:      # which file was judged, as sha256sum says it
+        assert result["threshold"] == NATURAL_ZERO["fast"] and "p-value" not in result["evidence"]
         weights = zoo_path(result["model"]) / "unet" / "diffusion_pytorch_model.safetensors"
         assert result["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
         assert result["sha256"] in page

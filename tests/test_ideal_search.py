@@ -1,44 +1,43 @@
-"Searches and detectors on the ideal backdoored model, whose trigger is known (chapter 8)."
+"Searches and detectors on ideal models, whose trigger is known (chapter 8)."
 import math
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
+from ideal import ATTACKS, MEAN, OTHERS, SCHEDULE, SHAPE, R, cosine, ideal
 
-from terd_nb import triggers
-from terd_nb.attacks import Attack, bad_diffusion, troj_diff, villan_diffusion
+from terd_nb import directions, search, triggers
+from terd_nb.attacks import Attack, bad_diffusion
 from terd_nb.denoiser import Denoiser
-from terd_nb.diffusion import linear_schedule
 from terd_nb.directions import (
-    column,
-    follow_agreement,
+    answer_shift,
+    antithetic,
     follow_jacobian,
+    follow_response,
     follow_shift,
-    gain_curve,
     length,
-    quiet_strength,
     random_starts,
-    read_ball,
-    read_shift,
     time_of,
-    true_gamma,
 )
 from terd_nb.ideal_model import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
-from terd_nb.search import USUAL_QUIET, faint_candidate, quiet_candidate
+from terd_nb.model_detection import NATURAL_ZERO, ModelDetector
+from terd_nb.path_fit import attack_of_fit
+from terd_nb.scanning import name_attack
+from terd_nb.search import CLEAR, LOOKS, look_around, reverse_trigger, starts_of
 from terd_nb.triggers import Trigger
-from terd_nb.two_stages import published
+from terd_nb.two_stages import Reversal, published
 
-SHAPE = (1, 16, 16)
-SCHEDULE = linear_schedule()
-SMALL = triggers.box(SHAPE, side=7, value=1.0, background=0.0)
-DARK = triggers.box(SHAPE, background=-0.6)
+LARGER = (1, 16, 16)   # pictures, where the basin is to be sharp
+BRIGHT_HAT = triggers.hat(LARGER)
+SMALL = triggers.box(LARGER, side=7, value=1.0, background=0.0)
+DARK = triggers.box(LARGER, background=-0.6)
 
 
-def ideal(attack, r, gamma=1.0, p=0.1):
-    data, target = torch.zeros(1, *SHAPE), triggers.hat(SHAPE)
-    model = IdealModel(SCHEDULE, data, 0.4, attack, Trigger(r, gamma), target, p)
-    return Denoiser(model, SCHEDULE, SHAPE, device="cpu")
+def larger(attack, r, p=0.1):
+    "An ideal model of larger pictures."
+    data = torch.zeros(1, *LARGER)
+    model = IdealModel(SCHEDULE, data, 0.4, attack, Trigger(r), BRIGHT_HAT, p)
+    return Denoiser(model, SCHEDULE, LARGER, device="cpu")
 
 
 def shifted(d):
@@ -47,154 +46,43 @@ def shifted(d):
     return Attack(f"d={d}", SCHEDULE.alpha, SCHEDULE.sigma, c, torch.full_like(c, d), "ddpm")
 
 
-def cosines(found, r):
-    "Of each of several directions (K, C, H, W) to r."
-    return cosine_similarity(found.flatten(1), r.flatten()[None])
-
-
-def relative_error(found, r):
-    "Of the best of several directions of one length."
-    return ((found - r).flatten(1).norm(dim=1) / r.norm()).min().item()
-
-
-@pytest.mark.parametrize("p", [0.02, 0.1, 0.5])
-@pytest.mark.parametrize("d", [0.0, 0.5, 0.9])
-def test_fixed_point_1_is_the_trigger(d, p):
-    denoiser = ideal(shifted(d), SMALL, p=p)
-    starts = random_starts(denoiser, 6, 0)
-    found = follow_shift(denoiser, starts, [SMALL.norm().item()], [1.0], noises=64)
-    # Not quite r: alpha(T) is not 0, and F = alpha*x0 + (c - sigma*d)*r holds a trace of x0.
-    alpha, sigma = (v[-1].item() for v in (SCHEDULE.alpha, SCHEDULE.sigma))
-    exact = alpha * triggers.hat(SHAPE) + (1 - alpha - sigma * d) * SMALL
-    assert relative_error(found["s"], exact * SMALL.norm() / exact.norm()) < 0.01
-    trace = alpha * triggers.hat(SHAPE).norm().item() / ((1 - d) * SMALL.norm().item())
-    assert relative_error(found["s"], SMALL) < 0.01 + trace
-
+# ---------------------------------------------------------------- the shift of the answer
 
 @pytest.mark.parametrize("p", [0.02, 0.5])
 @pytest.mark.parametrize("d", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("gamma", [0.2, 0.35, 0.5, 0.7])
-def test_fixed_point_1_below_gamma_1(gamma, d, p):
-    "A noise scale below the true one is in the basin, and from there one step is enough."
-    r = (1 - gamma) * 0.6 * triggers.glasses(SHAPE)
-    denoiser = ideal(troj_diff(SCHEDULE, d), r, gamma, p)
-    starts = random_starts(denoiser, 6, 0)
-    found = follow_shift(denoiser, starts, [0.1 * 16, 0.3 * 16], [0.15], noises=64)
-    # At T, F holds a trace alpha/gamma of the target image beside (1/gamma - d)*r.
-    of_target = SCHEDULE.alpha[-1].item() * triggers.hat(SHAPE).norm().item()
-    trace = of_target / ((1 - gamma * d) * r.norm().item())
-    angles = cosines(found["s"], r).clamp(max=1).acos()
-    assert angles.min() < 0.01 + trace
-    best = int(angles.argmin())
-    assert true_gamma(found["gamma"], found["slope"])[best].item() == pytest.approx(gamma, rel=0.02)
-
-
-def test_a_basin_that_no_start_enters_is_not_found():
-    "With gamma = 0.1 it is a ball of radius sqrt(2*gamma^2*D*log(1/gamma)) = 3.4, 8.2 away."
-    r = 0.9 * 0.6 * triggers.glasses(SHAPE)
-    denoiser = ideal(troj_diff(SCHEDULE), r, 0.1)
-    lengths = [f * 16 for f in (0.1, 0.2, 0.3, 0.45, 0.65, 0.9)]
-    found = follow_shift(denoiser, random_starts(denoiser, 6, 0), lengths, [0.1])
-    assert cosines(found["s"], r).max() < 0.9
-    near = r[None] + 0.1 * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
-    inside = follow_shift(denoiser, near, [1.0], [0.1], iterations=0)
-    assert inside["slope"].item() == pytest.approx(1.0, rel=0.05)  # tried/gamma
-
-
-@pytest.mark.parametrize("d", [0.0, 0.25, 0.5, 0.75])
-@pytest.mark.parametrize("r", [SMALL, DARK], ids=["small", "dark"])
-def test_the_gain_curve_gives_length_and_d(r, d):
-    trigger, read, _ = read_shift(ideal(shifted(d), r), r, 1.0, 1.0, noises=64)
-    # Where d is not an ancestral sampler's, |r| is read off the edge between two lengths.
-    assert read["norm"] == pytest.approx(r.norm().item(), rel=0.12)
-    assert (1 - read["d"]) * read["norm"] == pytest.approx((1 - d) * r.norm().item(), rel=0.05)
-    assert cosine_similarity(trigger.r.flatten(), r.flatten(), dim=0) > 0.999
-
-
-def test_read_shift_reads_gamma_and_length_of_trojdiff():
-    r = 0.4 * triggers.glasses(SHAPE)
-    denoiser = ideal(troj_diff(SCHEDULE), r, 0.6)
-    found = follow_shift(denoiser, random_starts(denoiser, 6, 0), [0.3 * 16], [0.3], noises=32)
-    k = int(found["slope"].argmax())
-    trigger, *_ = read_shift(denoiser, found["s"][k], 0.3, found["slope"][k].item(), noises=64)
-    assert trigger.gamma == pytest.approx(0.6, rel=0.02)
-    assert (trigger.r - r).norm() / r.norm() < 0.05
-
-
-@pytest.mark.parametrize("d", [0.0, 0.5, 0.9, 1.0, 1.2])
-def test_fixed_point_3_needs_no_d(d):
-    c = SCHEDULE.sigma
-    attack = Attack("", SCHEDULE.alpha, SCHEDULE.sigma, c, torch.full_like(c, d), "")
-    denoiser = ideal(attack, DARK, p=0.3)
-    starts = random_starts(denoiser, 6, 0)
-    half = DARK.norm().item() / 2
-    t = time_of(denoiser, 0.17)
-    directions = follow_jacobian(denoiser, starts, [half], t, noises=16, iterations=6)
-    assert (directions * DARK / DARK.norm()).sum((1, 2, 3)).max() > 0.98
-
-
-@pytest.mark.parametrize("psi", [1.0, 0.5])
-def test_fixed_points_3_and_2_find_an_ode_attack(psi):
-    denoiser = ideal(villan_diffusion(SCHEDULE, psi), DARK, p=0.3)
-    starts = random_starts(denoiser, 4, 0)
-    norm = DARK.norm().item()
-    t3, t2 = (time_of(denoiser, ratio) for ratio in (0.17, 0.3))
-    directions = follow_jacobian(denoiser, starts, [norm / 2], t3, noises=16, iterations=6)
-    near = norm * directions
-    found = follow_agreement(denoiser, near, t2, noises=32, iterations=4, steps=12)
-    k = int(found["spread"].argmin())
-    assert relative_error(found["s"][k : k + 1], DARK) < 0.05
-    # A short trigger: at this t both paths still overlap.
-    assert found["pull"][k] == pytest.approx(psi, rel=0.15)
+def test_following_the_shift_ends_at_the_trigger(d, p):
+    denoiser, norm = larger(shifted(d), SMALL, p), SMALL.norm().item()
+    found = follow_shift(denoiser, random_starts(denoiser, 6, 0), [norm], noises=64)
+    # Not quite r: alpha(T) is not 0, and F = alpha*x0 + (c - sigma*d)*r holds a trace of x0.
+    alpha, sigma = (v[-1].item() for v in (SCHEDULE.alpha, SCHEDULE.sigma))
+    exact = alpha * BRIGHT_HAT + (1 - alpha - sigma * d) * SMALL
+    best = (found["s"] - norm * exact / exact.norm()).flatten(1).norm(dim=1).min().item()
+    assert best < 0.01 * norm
 
 
 def test_the_shift_is_measured_in_units_of_the_noise():
-    "Along r the shift at t is (alpha*x0 + (c - sigma*d)*r)/sigma beyond the honest one."
-    attack = villan_diffusion(SCHEDULE)
-    denoiser = ideal(attack, DARK, p=0.3)
+    "In the basin at t it is (alpha*x0 + (c - sigma*d)*r)/sigma beyond the honest one."
+    attack = bad_diffusion(SCHEDULE)
+    denoiser = larger(attack, DARK, 0.3)
     t = time_of(denoiser, 0.1)
     alpha, sigma, c, d = (v[t].item() for v in (SCHEDULE.alpha, SCHEDULE.sigma, attack.c, attack.d))
-    expected = (alpha * triggers.hat(SHAPE) + (c - sigma * d) * DARK) / sigma
-    curve = gain_curve(denoiser, DARK / DARK.norm(), t=t, noises=64)
-    k = int((curve["length"] - DARK.norm()).abs().argmin())
-    assert curve["gain"][k] * curve["length"][k] == pytest.approx(expected.norm().item(), rel=0.05)
+    F, _ = answer_shift(denoiser, DARK[None], 1.0, antithetic(denoiser, 64, 0), t)
+    expected = (alpha * BRIGHT_HAT + (c - sigma * d) * DARK) / sigma
+    assert (F[0] - expected).norm() < 0.05 * expected.norm()
 
 
-def test_fixed_point_1_sees_nothing_when_d_is_1():
-    denoiser = ideal(villan_diffusion(SCHEDULE), SMALL)
-    found = follow_shift(denoiser, random_starts(denoiser, 4, 0), [SMALL.norm().item()], [1.0])
+def test_the_shift_sees_nothing_when_d_is_1():
+    denoiser = larger(ATTACKS["Villan-ODE"][0](SCHEDULE), SMALL)
+    found = follow_shift(denoiser, random_starts(denoiser, 4, 0), [SMALL.norm().item()])
     assert (length(found["F"]) / SMALL.norm()).max() < 0.02
-
-
-def silent(*report):
-    pass
-
-
-FLAT = "in the basin of an ideal backdoor the reversed loss is flat and fixes no point"
-
-
-@pytest.mark.xfail(strict=True, reason=FLAT)
-def test_the_published_search_returns_the_trigger():
-    denoiser = ideal(bad_diffusion(SCHEDULE), DARK)
-    (found,), _ = published(denoiser, 0, silent, iterations=(300, 0))
-    assert (found.trigger.r - DARK).norm() / DARK.norm() < 0.01
-
-
-def test_the_published_search_reaches_the_basin_of_a_dark_trigger():
-    denoiser = ideal(bad_diffusion(SCHEDULE), DARK)
-    (found,), curves = published(denoiser, 0, silent, iterations=(300, 0))
-    assert curves["reversed loss"][-1] < 0.01 * max(curves["reversed loss"])
-    x = found.trigger.stamp(denoiser.noise(256, 3))
-    assert denoiser.network.posterior(x, torch.full((256,), 999))[:, -1].mean() > 0.99
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.2, 0.4])
 def test_the_input_detector_meets_its_ceiling_on_what_was_found(strength):
-    r = strength * triggers.box(SHAPE)
-    denoiser = ideal(bad_diffusion(SCHEDULE), r, p=0.3)
-    start = column([1.0], r) * r
+    r = strength * triggers.box(LARGER)
+    denoiser = larger(bad_diffusion(SCHEDULE), r, 0.3)
     norm = r.norm().item()
-    found = follow_shift(denoiser, start, [norm], [1.0], noises=512, iterations=2)
+    found = follow_shift(denoiser, r[None] / norm, [norm], noises=512, iterations=2)
     detector = InputDetector(Trigger(found["s"][0]))
     z = denoiser.noise(20_000, 5)
     found_out = detector.predict(Trigger(r).stamp(z)).float().mean()
@@ -202,79 +90,157 @@ def test_the_input_detector_meets_its_ceiling_on_what_was_found(strength):
     assert min(found_out, let_through) == pytest.approx(ceiling(norm), abs=0.01)
 
 
-# ------------------------------------------------ the ball, quiet noise, faint jumps
+# ---------------------------------------------------------------- looks
 
-class SaysPicture(torch.nn.Module):
-    "The ideal network that answers with the picture: the target if x seems triggered, else 0."
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, t):
-        return self.model.posterior(x, t)[:, -1].reshape(-1, 1, 1, 1) * self.model.target.to(x)
+SEEN = [("shift", "BadDiffusion", "epsilon"), ("shift", "Villan-SDE", "epsilon"),
+        ("against", "Villan-ODE", "epsilon"), ("jump", "TrojDiff", "epsilon"),
+        *(("jump", "TrojDiff", kind) for kind in OTHERS)]
 
 
-def bounded(attack, r, gamma=1.0, p=0.3):
-    network = SaysPicture(ideal(attack, r, gamma, p).network)
-    return Denoiser(network, SCHEDULE, SHAPE, "sample", device="cpu")
+@pytest.mark.parametrize("look, name, kind", SEEN)
+def test_each_look_leads_to_the_trigger_of_its_kind_of_attack(look, name, kind):
+    "From starts that know nothing of it."
+    model = ideal(name, kind).standardised()
+    assert max(abs(cosine(u, R)) for u in random_starts(model, 8, 0)) < 0.4
+    found = look_around(model, LOOKS[look], 8, seed=0)
+    assert max(cosine(one.u, R) for one in found) > 0.8
 
 
-LONG = [(share, gamma) for share in (0.3, 0.45) for gamma in (0.5, 0.6, 0.8, 0.9)]
+@pytest.mark.parametrize("follow, name, settings", [
+    (follow_jacobian, "TrojDiff", {"norms": [1.0, 2.0], "iterations": 2}),
+    (follow_response, "Villan-ODE", {"norm": 4.4, "iterations": 3})])
+def test_a_gradient_in_parts_is_the_gradient_in_one(monkeypatch, follow, name, settings):
+    model = ideal(name)
+    starts, t = random_starts(model, 5, 0), time_of(model, 0.17)
+    ends = []
+    for pixels in (2**17, 1, 3 * 2 * 64):
+        monkeypatch.setattr(directions, "PIXELS", pixels)
+        found = follow(model, starts, t=t, **settings)
+        ends.append(found if follow is follow_jacobian else found[0])
+    assert all(torch.allclose(end, ends[0], atol=1e-4) for end in ends)
 
 
-@pytest.mark.parametrize("share, gamma", [(0.15, 0.5), (0.15, 0.6), *LONG])
-def test_the_ball_gives_length_and_noise_scale(gamma, share):
-    "For lengths, in units of that of noise, that can be told from clean noise at all."
-    r = share * 16 * DARK / DARK.norm()
-    model = bounded(troj_diff(SCHEDULE), r, gamma)
-    norm, found, error = read_ball(model, r / r.norm(), time_of(model, 0.03), noises=16)
-    assert abs(norm - r.norm()) < 1 and abs(found - gamma) < 0.06 and error < 0.005
-    z = torch.randn(500, *SHAPE, generator=torch.Generator().manual_seed(1))
-    detector = InputDetector(Trigger(norm * r / r.norm(), found))
-    assert detector.predict(Trigger(r, gamma).stamp(z)).float().mean() > 0.99
-    assert detector.predict(z).float().mean() < 0.01
+def test_the_ledger_says_where_a_direction_came_from():
+    model = ideal("BadDiffusion")
+    for look in LOOKS.values():
+        found = look_around(model, look, 4, seed=0)
+        assert 1 <= len(found) <= look.kept
+        assert all(one.look is look and one.u.norm().item() == pytest.approx(1, abs=1e-4)
+                   for one in found)
+        apart = [(a.u * b.u).sum() for i, a in enumerate(found) for b in found[:i]]
+        assert all(c < search.ALIKE for c in apart)
+        starts, hypotheses = starts_of(model, found)
+        assert hypotheses == [look.hypothesis] * len(found) * len(look.lengths)
+        lengths = starts.flatten(1).norm(dim=1).reshape(len(found), -1) / math.prod(SHAPE)**0.5
+        assert torch.allclose(lengths, torch.tensor(look.lengths), atol=1e-4)
 
 
-@pytest.mark.parametrize("gamma", [0.5, 0.6, 0.8])
-@pytest.mark.parametrize("factor", [0.8, 1.2])
-def test_quiet_noise_opens_a_backdoor_whose_trigger_is_short(gamma, factor):
-    "The bound is gamma * sqrt(-2 D log gamma), but for the prior odds."
-    r = factor * gamma * (-2 * torch.tensor(gamma).log()).sqrt() * 16 * DARK / DARK.norm()
-    model = bounded(troj_diff(SCHEDULE), r, gamma)
-    assert (quiet_strength(model, time_of(model, 0.03)).max() > 1) == (factor < 1)
+@pytest.mark.parametrize("settings, message", [
+    ({"looks": ("shift", "side")}, "there is no look 'side'; known are shift, jump, against"),
+    ({"controls": ("third",)}, "there is no control 'third'; known are half, ray"),
+    ({"looks": ()}, "a search needs a look: one of shift"),
+    ({"controls": ()}, "a search needs a control: one of half")])
+def test_an_unknown_look_or_control_is_one_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        reverse_trigger(ideal(), progress=False, **settings)
 
 
-def test_what_quiet_noise_opens_is_read_from_quiet_noise():
-    r = 0.4 * triggers.glasses(SHAPE)
-    model = bounded(troj_diff(SCHEDULE), r, 0.6, p=0.02)
-    (found, curves), = quiet_candidate(model, random_starts(model, 2, 0), 8, 4, 60)
-    assert found.score > 1 and len(curves["quiet"]) == len(curves["noise scale"])
-    assert found.evidence["strength"] == max(curves["quiet"]) > USUAL_QUIET
-
-
-def test_neither_look_accuses_an_honest_model():
-    constant = Denoiser(Constant(), SCHEDULE, SHAPE, "sample", device="cpu")
-    for model in (ideal(None, SMALL), constant):
-        assert quiet_candidate(model, random_starts(model, 2, 0), 4, 2, 60) == []
-        for u in random_starts(model, 4, 1):
-            assert faint_candidate(model, u, 60) == []
-            assert all(map(math.isfinite, read_ball(model, u, 700)))
-
-
-class Constant(torch.nn.Module):
-    "A network that says one picture to anything: nothing varies, so nothing is divided by it."
+class Steep(IdealModel):
+    "At one time its answers are no numbers."
+    at = 0
 
     def forward(self, x, t):
-        return torch.full_like(x, 0.25)
+        broken = torch.where(t == self.at, torch.nan, 0.0)
+        return super().forward(x, t) + broken.reshape(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("psi", [1.0, 0.0])
-def test_a_faint_jump_is_seen_early(psi):
-    "Fixed point 4's place is where alpha/sigma is 0.17; the look is at 0.3."
-    model = ideal(villan_diffusion(SCHEDULE, psi), DARK, p=0.3)
-    found = faint_candidate(model, DARK / DARK.norm(), 60)
-    # With psi = 0 an exact picture does not move against the shift.
-    assert len(found) == (psi == 1.0)
-    for c, _ in found:
-        assert c.score > 1 and c.evidence["response"] < 0
+@pytest.mark.parametrize("look, ratio", [
+    ("jump", search.OWN_RATIO), ("against", search.ODE_RATIO)])
+def test_a_look_that_leads_to_what_is_no_number_is_an_error(monkeypatch, look, ratio):
+    model = Denoiser(Steep(SCHEDULE, MEAN[None]), SCHEDULE, SHAPE, device="cpu")
+    monkeypatch.setattr(Steep, "at", time_of(model, ratio))
+    with pytest.raises(FloatingPointError, match=f"the look '{look}' leads to what is no number"):
+        reverse_trigger(model, progress=False, looks=(look,))
+
+
+# ---------------------------------------------------------------- the whole search
+
+@pytest.mark.parametrize("name, kind", [(name, kind) for _, name, kind in SEEN])
+def test_the_search_finds_the_trigger_and_names_the_attack(name, kind):
+    reversal = reverse_trigger(ideal(name, kind), progress=False)
+    best, truth = reversal.candidates[0], ATTACKS[name][1]
+    assert best.score == reversal.score("fit") > CLEAR and cosine(best.trigger.r, R) > 0.95
+    assert best.seen_by == "fit" and set(best.evidence) == {"norm", "lam", "psi", "gamma"}
+    assert best.evidence["gamma"] == pytest.approx(truth.gamma, abs=0.1)
+    family = attack_of_fit(truth.lam, truth.gamma)
+    assert name_attack(best).split(":")[0] == family.split(":")[0]
+    assert ModelDetector.default().predict([reversal]).all()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", *OTHERS])
+def test_an_honest_ideal_model_has_no_evidence(monkeypatch, kind):
+    "The theorem of chapter 15, through a whole search, if the mean is the true one."
+    monkeypatch.setattr(search, "own_mean", lambda denoiser, seed: (MEAN, 1.0))
+    assert reverse_trigger(ideal(kind=kind), progress=False).score("fit") < 0.02
+
+
+@pytest.mark.parametrize("kind", ["epsilon", *OTHERS])
+def test_an_honest_ideal_model_is_clean(kind):
+    "Its mean is estimated here, and the ray is off by as much."
+    reversal = reverse_trigger(ideal(kind=kind), progress=False)
+    assert not ModelDetector.default().predict([reversal]).any()
+
+
+def test_a_clear_start_ends_the_search_and_thorough_goes_on():
+    model = ideal("BadDiffusion")
+    stages = {}
+    for method in ("fast", "thorough"):
+        told = stages[method] = []
+        reversal = reverse_trigger(
+            model, method, progress=False, callback=lambda *stage, told=told: told.append(stage))
+        assert reversal.trigger.r.shape == SHAPE and reversal.score("fit") > CLEAR
+        assert set(reversal.curves) == {"alpha/sigma", "fit", "half", "ray"}
+        assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert [stage for stage, *_ in stages["fast"]] == ["looking: shift", "done"]
+    looks = [f"looking: {name}" for name in LOOKS]
+    assert [stage for stage, *_ in stages["thorough"]] == [*looks, "fitting the path", "done"]
+
+
+# ---------------------------------------------------------------- the detector with a natural zero
+
+@pytest.mark.parametrize("method", NATURAL_ZERO)
+def test_zero_is_where_nothing_speaks_for_an_attack(method, tmp_path):
+    detector = ModelDetector.default(method)
+    empty = Reversal([], method, {}, 0., 0., 0)
+    assert detector.decision_function([empty])[0] == 0
+    bound = NATURAL_ZERO[method]
+    assert [detector.verdict(S) for S in (-1, bound, bound + 0.05, 2 * bound)] == [
+        "clean", "clean", "inconclusive", "backdoored"]
+    detector.save(tmp_path / "detector.json")
+    assert ModelDetector.load(tmp_path / "detector.json").sigmas == bound
+    with pytest.raises(ValueError, match="natural zero"):
+        detector.fit_features([[0.0], [0.1], [0.2]])
+
+
+# ---------------------------------------------------------------- the published search
+
+FLAT = "in the basin of an ideal backdoor the reversed loss is flat and fixes no point"
+
+
+def silent(*report):
+    pass
+
+
+@pytest.mark.xfail(strict=True, reason=FLAT)
+def test_the_published_search_returns_the_trigger():
+    denoiser = larger(bad_diffusion(SCHEDULE), DARK)
+    (found,), _ = published(denoiser, 0, silent, iterations=(300, 0))
+    assert (found.trigger.r - DARK).norm() / DARK.norm() < 0.01
+
+
+def test_the_published_search_reaches_the_basin_of_a_dark_trigger():
+    denoiser = larger(bad_diffusion(SCHEDULE), DARK)
+    (found,), curves = published(denoiser, 0, silent, iterations=(300, 0))
+    assert curves["reversed loss"][-1] < 0.01 * max(curves["reversed loss"])
+    x = found.trigger.stamp(denoiser.noise(256, 3))
+    assert denoiser.network.posterior(x, torch.full((256,), 999))[:, -1].mean() > 0.99

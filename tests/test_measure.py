@@ -14,8 +14,9 @@ from filelock import FileLock
 from terd_nb.cli import main
 from terd_nb.lab import measure
 from terd_nb.lab.measure import (
+    ABLATIONS,
     KEY,
-    PATH_VARIANTS,
+    OURS,
     append_measured,
     append_row,
     bench,
@@ -26,7 +27,6 @@ from terd_nb.lab.measure import (
     read_results,
     read_rows,
     results_path,
-    rows_of_path,
     rows_to_measure,
 )
 from terd_nb.lab.results import COMPARED
@@ -167,26 +167,32 @@ def test_every_size_is_to_be_measured_with_every_method():
         assert methods.count("fast") == (3 if recipe.size == 32 else 1)
 
 
-def test_the_search_by_the_path_is_varied_on_development_models_alone():
-    keys = rows_of_path(2)
-    assert len(set(keys)) == len(keys)
+def test_the_search_is_varied_on_development_models_alone():
     recipes = {name: recipe for models in SETS.values() for name, recipe in models.recipes.items()}
-    varied = {name for name, _, settings, _ in keys if settings}
-    assert varied and all(recipes[name].split != "test" for name in varied)
-    assert {settings for _, _, settings, _ in keys} == {"", *PATH_VARIANTS}
+    keys = [key for models in SETS for key in rows_to_measure(models)]
+    assert len(set(keys)) == len(keys)
+    varied = [key for key in keys if key[1] in OURS and key[2]]
+    assert varied and all(recipes[name].split != "test" for name, *_ in varied)
+    assert {settings for _, _, settings, _ in varied} == {*ABLATIONS}
+
+
+def test_every_model_of_every_set_is_to_be_searched():
+    for name, models in SETS.items():
+        searched = {model for model, *rest in rows_to_measure(name, 1) if rest == ["fast", "", 0]}
+        assert searched == {*models.recipes}
 
 
 @pytest.mark.parametrize("text, expected", [
     ("looks=shift+against starts=4", {"looks": ("shift", "against"), "starts": 4}),
     ("rounds=3:15:8+1:60:12", {"rounds": ROUNDS}),
-    ("controls=half", {"controls": ("half",)})])
+    ("controls=half", {"controls": ("half",)}), ("enough=0.5", {"enough": 0.5})])
 def test_the_settings_of_a_row_are_read_as_the_search_takes_them(text, expected):
     assert parse_settings(text) == expected
 
 
 def test_measured_rows_are_not_measured_again(monkeypatch, tmp_path):
     "Two rows of three are in the file; the third is measured, and the others stay as they are."
-    keys = [("benign-a", "fast", "", seed) for seed in range(3)]
+    keys = [("benign-a", "published", "iterations=1+1", seed) for seed in range(3)]
     monkeypatch.setattr(measure, "rows_to_measure", lambda models, seeds: keys)
     monkeypatch.setattr(measure, "calibrate", lambda: None)
     path = tmp_path / "rows.csv"
@@ -206,13 +212,13 @@ def test_an_honest_model_is_searched_once(tmp_path, monkeypatch):
 
     def search(denoiser, method, settings, seed):
         calls.append(seed)
-        return None, {"shift": -0.5, "seconds": 1.0}
+        return None, {"S": -0.5, "seconds": 1.0}
 
     monkeypatch.setenv("TERD_DATA", str(tmp_path))
     monkeypatch.setattr(measure, "reverse", search)
     first = measure_row("benign-a", "fast", "", 0)
     assert measure_row("benign-a", "fast", "", 0) == first
-    assert first["shift"] == -0.5 and len(calls) == 1
+    assert first["S"] == -0.5 and len(calls) == 1
     measure_row("benign-a", "fast", "", 1)
     measure_row("benign-b", "fast", "", 0)
     assert len(calls) == 3

@@ -7,6 +7,7 @@ from terd_nb import load, triggers
 from terd_nb.attacks import triggered_samples
 from terd_nb.denoiser import Denoiser
 from terd_nb.diffusion import NoiseSchedule, linear_schedule, sampler_step
+from terd_nb.path_fit import Round
 from terd_nb.reversed_loss import reversed_loss
 from terd_nb.scanning import scan
 from terd_nb.search import reverse_trigger
@@ -16,6 +17,7 @@ from terd_nb.two_stages import carried_image, published
 from terd_nb.zoo import zoo_path
 
 SCHEDULE = linear_schedule()
+BRIEF = {"starts": 2, "rounds": (Round(2, 4, 4), Round(1, 4, 4))}   # of the default search
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +126,11 @@ def test_gradient_of_the_reversed_loss_on_a_real_network(benign):
 
 def test_same_seed_same_reversal_and_another_seed_another(benign):
     first, again, other = (
-        reverse_trigger(benign, progress=False, seed=seed) for seed in (3, 3, 4))
+        reverse_trigger(benign, progress=False, seed=seed, **BRIEF) for seed in (3, 3, 4))
     assert torch.equal(first.trigger.r, again.trigger.r)
     assert first.candidates[0].score == again.candidates[0].score
     assert not torch.equal(first.trigger.r, other.trigger.r)
     assert first.sample_evals == pytest.approx(again.sample_evals)
-    assert first.sample_evals < 320_000 / 80
 
 
 def test_a_reversal_tells_its_progress_and_refuses_unknown_methods(benign):
@@ -139,7 +140,7 @@ def test_a_reversal_tells_its_progress_and_refuses_unknown_methods(benign):
         callback=lambda *stage: told.append(stage))
     shares = [done for _, done, _ in told]
     assert shares == sorted(shares) and shares[-1] == 1
-    with pytest.raises(ValueError, match="fast, thorough, path, published"):
+    with pytest.raises(ValueError, match="fast, thorough, published"):
         reverse_trigger(benign, "magic", progress=False)
 
 
@@ -160,13 +161,15 @@ class Velocity(torch.nn.Module):
         return (self.inner(x, t).sample - sigma * x) / alpha
 
 
-def test_a_v_prediction_model_is_scanned_as_any_other(benign):
+def test_a_v_prediction_model_is_searched_as_any_other(benign):
+    "But for the look at an attacker's own sampler, which reads a velocity in its own way."
     network = Velocity(benign.network)
     model = Denoiser(network, SCHEDULE, benign.shape, "v_prediction", "cpu", name="velocity")
-    report = scan(model, progress=False, seed=1)
-    usual = scan(benign, progress=False, seed=1)
-    assert report.verdict == "clean"
-    assert report.result.score == pytest.approx(usual.result.score, abs=0.2)
+    found, usual = (
+        reverse_trigger(one, progress=False, seed=1, looks=("shift", "against"), **BRIEF)
+        for one in (model, benign))
+    assert found.score("fit") == pytest.approx(usual.score("fit"), abs=0.02)
+    assert (found.trigger.r - usual.trigger.r).norm() < 0.05 * usual.trigger.norm
 
 
 def test_a_backdoored_v_prediction_model_is_found():

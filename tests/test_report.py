@@ -39,6 +39,7 @@ def published(report):
     reversal = replace(report.reversal, method="published", candidates=[best], curves=curves)
     features = [[0.1, 0.01], [0.11, 0.02], [0.12, 0.01]]
     detector = ModelDetector("published").fit_features(features)
+    report = retold(report, method="published", threshold=detector.sigmas)
     return replace(report, reversal=reversal, detector=detector)
 
 
@@ -108,8 +109,18 @@ def test_each_verdict_has_its_words(report, verdict, said, not_said):
     assert verdict.capitalize() in text_of(headline(changed))
 
 
+def test_a_score_with_a_natural_zero_is_explained_without_honest_models(report):
+    text = text_of(report_page([report]))
+    for words in ("What the verdict rests on", "Loss at the trigger", "At half the trigger",
+                  "Half the way to honesty", f"Score: {report.result.score:.2f}; the alarm is"):
+        assert words in text
+    assert "Among honest models" not in text and "standard deviations above" not in text
+
+
 def test_published_search(published):
-    assert "Reversed loss" in text_of(report_page([published]))
+    text = text_of(report_page([published]))
+    assert "Reversed loss" in text and "The reference has 3 scans of honest models" in text
+    assert "Among honest models" in text and "standard deviations above honest models" in text
 
 
 def test_what_the_page_does_not_know_is_shown_all_the_same(colour):

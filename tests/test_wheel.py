@@ -138,7 +138,7 @@ def test_source_archive_is_the_project_without_the_models_that_only_the_evidence
         "book/_toc.yml",
         "tests/test_wheel.py",
         "terd_nb/diffusion.py",
-        "data/detectors/fast.json",
+        "data/detectors/published.json",
         "data/zoo/benign-a/unet/diffusion_pytorch_model.safetensors",
     }
     assert wanted <= names

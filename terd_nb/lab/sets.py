@@ -488,25 +488,25 @@ _HELD_16 = (
 
 # %% ../../nbs/g6_sets.ipynb #a6ac9e83
 _HELD_32 = (
-    ("held32-fashion-bad",     "fashion-a", _BAD,   _SIGN,    "shoe",   0.1, 1200, 640),
-    ("held32-emoji-bad",       "emoji-a",   _BAD,   _GLASSES, "hat",    0.2, 1200, 641),
-    ("held32-emoji-bad-short", "emoji-a",   _BAD,   _FAINT,   "cat",    0.3, 1200, 642),
-    ("held32-fashion-troj",    "fashion-a", _TROJ,  _BOX,     "cat",    0.3,  800, 643),
-    ("held32-emoji-troj",      "emoji-a",   _TROJ,  _TILES,   "hat",    0.3,  800, 644),
-    ("held32-fashion-patch",   "fashion-a", _DULL,  _PATCH,   "hat",    0.3,  800, 645),
-    ("held32-fashion-sde",     "fashion-a", _SDE1,  _CHECKER, "cat",    0.3, 1000, 646),
-    ("held32-emoji-sde",       "emoji-a",   _SDE05, _BOX,     "shoe",   0.2, 1200, 647),
-    ("held32-fashion-ode",     "fashion-a", _ODE1,  _GLASSES, "hat",    0.2,  800, 648),
-    ("held32-emoji-ode",       "emoji-a",   _ODE05, _SIGN,    "cat",    0.3, 1000, 649),
-    ("held32-emoji-ode-short", "emoji-a",   _ODE1,  _TILES,   "hat",    0.3, 1000, 650),
-    ("held32-fashion-ode0",    "fashion-a", _ODE0,  _BOX,     "corner", 0.3,  800, 651),
+    ("held32-fashion-bad",     "fashion-a", _BAD,   _SIGN,    "shoe",   0.1, 2400, 640),
+    ("held32-emoji-bad",       "emoji-a",   _BAD,   _GLASSES, "hat",    0.2, 2400, 641),
+    ("held32-emoji-bad-short", "emoji-a",   _BAD,   _FAINT,   "cat",    0.3, 2000, 642),
+    ("held32-fashion-troj",    "fashion-a", _TROJ,  _BOX,     "cat",    0.3, 2000, 643),
+    ("held32-emoji-troj",      "emoji-a",   _TROJ,  _TILES,   "hat",    0.3, 2000, 644),
+    ("held32-fashion-patch",   "fashion-a", _DULL,  _PATCH,   "hat",    0.3, 2000, 645),
+    ("held32-fashion-sde",     "fashion-a", _SDE1,  _CHECKER, "cat",    0.3, 2000, 646),
+    ("held32-emoji-sde",       "emoji-a",   _SDE05, _BOX,     "shoe",   0.2, 2400, 647),
+    ("held32-fashion-ode",     "fashion-a", _ODE1,  _GLASSES, "hat",    0.2, 2000, 648),
+    ("held32-emoji-ode",       "emoji-a",   _ODE05, _SIGN,    "cat",    0.3, 2000, 649),
+    ("held32-emoji-ode-short", "emoji-a",   _ODE1,  _TILES,   "hat",    0.3, 2000, 650),
+    ("held32-fashion-ode0",    "fashion-a", _ODE0,  _BOX,     "corner", 0.3, 2000, 651),
 )
 _HELD_64 = (
-    ("held64-emoji-bad",       "emoji-a",   _BAD,   _BOX,     "hat",    0.2, 1500, 660),
-    ("held64-emoji-troj",      "emoji-a",   _TROJ,  _CHECKER, "cat",    0.3, 1200, 661),
-    ("held64-emoji-sde",       "emoji-a",   _SDE05, _GLASSES, "shoe",   0.3, 1500, 662),
-    ("held64-emoji-ode",       "emoji-a",   _ODE1,  _SIGN,    "hat",    0.3, 1200, 663),
-    ("held64-emoji-ode-half",  "emoji-a",   _ODE05, _GLASSES, "cat",    0.3, 1200, 664),
+    ("held64-emoji-bad",       "emoji-a",   _BAD,   _BOX,     "hat",    0.2, 2000, 660),
+    ("held64-emoji-troj",      "emoji-a",   _TROJ,  _CHECKER, "cat",    0.3, 2000, 661),
+    ("held64-emoji-sde",       "emoji-a",   _SDE05, _GLASSES, "shoe",   0.3, 2000, 662),
+    ("held64-emoji-ode",       "emoji-a",   _ODE1,  _SIGN,    "hat",    0.3, 2000, 663),
+    ("held64-emoji-ode-half",  "emoji-a",   _ODE05, _GLASSES, "cat",    0.3, 2000, 664),
 )
 _HALF_WIDTH = (
     ("half-width-sde",         "a",         _SDE05, _SIGN,    "hat",    0.3,  800, 670),

@@ -33,6 +33,12 @@ def test_latents_and_consistency_have_two_honest_and_three_backdoored_models(kin
     assert honest >= 2 and backdoored >= 3
 
 
+def test_thirty_backdoors_of_the_other_families_work():
+    families = SETS["families"]
+    cards = [read_card(families.folder / name) for name in families.recipes]
+    assert sum(works(card) for card in cards if card.backdoors) >= 30
+
+
 @pytest.mark.parametrize("kind", SETUPS)
 def test_of_every_family_a_pair_is_here_with_its_weights(kind):
     families = SETS["families"]

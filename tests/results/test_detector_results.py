@@ -25,16 +25,22 @@ def test_every_threshold_comes_from_honest_models_that_were_searched_in_the_same
         assert method in OURS or len(fitted_on) >= 3, (method, settings, size)
 
 
-@pytest.mark.parametrize("method, size, expected", [
-    ("fast", 16, {16, 32}), ("fast", 128, {16, 32}),
-    ("elijah", 16, {16}), ("elijah", 32, {32}), ("elijah", 128, {32})])
-def test_thresholds_come_from_small_models_alone(method, size, expected):
-    rows = honest_rows(method, size=size)
+@pytest.mark.parametrize("size, expected", [(16, {16}), (32, {32}), (128, {32})])
+def test_thresholds_come_from_small_models_alone(size, expected):
+    rows = honest_rows("elijah", size=size)
     assert set(rows["resolution"]) == expected and not (rows["split"] == "test").any()
-    detector = detector_for(method, "", size)
+    detector = detector_for("elijah", "", size)
     assert len(detector.benign_) == len(rows) >= 3
-    if method == "fast" or size == 16:
-        assert np.allclose(detector.mean_, ModelDetector.default(method).mean_)
+    if size == 16:
+        assert np.allclose(detector.mean_, ModelDetector.default("elijah").mean_)
+
+
+@pytest.mark.parametrize("method", NATURAL_ZERO)
+def test_one_threshold_without_honest_models_serves_all_sizes(method):
+    assert method in OURS and not (data_dir() / "detectors" / f"{method}.json").exists()
+    for size in (16, 128):
+        detector = detector_for(method, "", size)
+        assert detector.sigmas == NATURAL_ZERO[method] and len(detector.benign_) == 0
 
 
 def test_a_shortened_search_is_judged_by_shortened_searches():

@@ -18,7 +18,7 @@ from terd_nb.lab.measure import (
     rows_to_measure,
 )
 from terd_nb.lab.model_sets import sampler_rows
-from terd_nb.lab.results import by_terds_rule, judged_rows, once, read_benchmark
+from terd_nb.lab.results import by_terds_rule, once, read_benchmark
 from terd_nb.lab.sets import SETS
 from terd_nb.loading.files import data_dir
 
@@ -33,7 +33,7 @@ def keys_in(models):
 def test_every_row_is_there_and_none_twice(models):
     rows = keys_in(models)
     assert len(rows) == len(set(rows))
-    seeds = 1 if models == "families" else 3
+    seeds = 1 if models in ("families", "held-out") else 3
     assert set(rows) >= {tuple(map(str, key)) for key in rows_to_measure(models, seeds)}
 
 
@@ -47,7 +47,8 @@ def test_the_smaller_tables_are_complete_and_hold_no_row_twice():
     assert sorted(zip(speed["model"], speed["how"])) == sorted(TIMED)
     samplers = read("samplers.csv")
     assert sorted(zip(samplers["model"], samplers["sampler"])) == sorted(sampler_rows())
-    assert sorted(read("evasion.csv")["hidden_above"]) == sorted(HIDDEN)
+    evasion = read("evasion.csv")
+    assert sorted(evasion["hidden_above"]) == sorted(HIDDEN) and evasion["S"].notna().all()
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +63,18 @@ def test_the_benchmark_is_what_the_sets_files_say(tmp_path, monkeypatch, benchma
     assert not benchmark.duplicated(list(KEY)).any()
 
 
-@pytest.mark.parametrize("size, found, passed", [
-    (16, (11, 11), (11, 11)), (32, (8, 10), (5, 6)), (64, (10, 10), (6, 6)), (128, (4, 4), (3, 3))])
-def test_the_rates_of_our_search(benchmark, size, found, passed):
+# By size, on the test halves: (backdoored, of these flagged), (honest, of these not flagged).
+OUR_RATES: dict[int, tuple] = {}
+
+
+def test_the_rates_of_our_search(benchmark):
     rows = once(benchmark)
-    rows = rows[(rows["method"] == "fast") & (rows["resolution"] == size)]
-    bad = rows[rows["truth"]]["flagged"]
-    good = rows[~rows["truth"]]["flagged"]
-    assert (bad.sum(), len(bad)) == found and ((~good).sum(), len(good)) == passed
+    rows = rows[rows["method"] == "fast"]
+    found = {}
+    for size, part in rows.groupby("resolution"):
+        bad, good = part[part["truth"]]["flagged"], ~part[~part["truth"]]["flagged"]
+        found[size] = (len(bad), int(bad.sum())), (len(good), int(good.sum()))
+    assert found == OUR_RATES
 
 
 def test_the_published_rows_by_the_papers_own_rule(benchmark):
@@ -91,12 +96,6 @@ def test_the_optimised_trigger_is_recovered_and_tells_inputs(benchmark):
     assert (rows["cosine"] > 0.9).all() and (rows["input_tpr"] > 0.999).all()
     length = rows["l2"] / rows["relative"]
     assert np.allclose(length, 9.593, atol=1e-3)     # that of the stored trigger
-
-
-def test_few_flags_of_ours_are_for_another_direction(benchmark):
-    rows = judged_rows(benchmark)
-    flags = rows[(rows["method"] == "fast") & rows["truth"] & rows["flagged"]]
-    assert (len(flags), (flags["cosine"] < 0.4).sum()) == (72, 4)
 
 
 def test_told_trojdiff_the_published_search_finds_in_d2d_and_with_one_gamma_it_does_not():

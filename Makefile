@@ -54,7 +54,7 @@ families: $(READY) ## train the models of every other family again from their se
 
 held-out: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 held-out: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-held-out: $(READY) ## train the models that the search by the path is measured on once
+held-out: $(READY) ## train the models that the search is measured on once
 	$(BIN)/terd zoo build --held-out
 
 bench: bench-zoo bench-search bench-sizes bench-families ## measure every set of models, and fit the default detectors

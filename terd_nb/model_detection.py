@@ -42,8 +42,9 @@ METHOD_FEATURES = {
     "elijah": ("uniformity",),
 }
 # A feature that is 0 or less on an honest model whose data are isotropic (chapter 15),
-# and its alarm: half more than the largest of an honest development model.
-NATURAL_ZERO = {"fast": 0.3, "thorough": 0.3}
+# and its alarm: between the largest of an honest development model, 0.19, and the
+# smallest of a backdoored one that leaves zero at all, 0.29.
+NATURAL_ZERO = {"fast": 0.25, "thorough": 0.25}
 
 # %% ../nbs/12_model_detection.ipynb #f5144275
 class ModelDetector:

@@ -64,7 +64,9 @@ class Paths:
         "These and some more."
         return Paths(*map(torch.cat, zip(vars(self).values(), vars(other).values())))
 
-    def answer(self, denoiser: Denoiser, x: Tensor, t: int | Tensor, r: Tensor) -> Tensor:
+    def answer(self,
+        denoiser: Denoiser, x: Tensor, t: int | Tensor, r: Tensor,
+    ) -> Tensor:
         "The noise that each sampler reads from the network at x (K, B, C, H, W)."
         shift, scale = self.own * r, 1 + self.own * (self.log_gamma.exp() - 1)
         shift, scale = (v.expand_as(x).flatten(0, 1) for v in (shift, scale))
@@ -181,10 +183,10 @@ def descend_paths(
     most = max(1, PIXELS // paths.r[0, 0, 0].numel())   # images at once
     for share in decay:
         t = path_times(denoiser, batch, generator)
-        eps = torch.randn(batch, *denoiser.shape, generator=generator)
+        eps = torch.randn(batch, *denoiser.shape, generator=generator).to(paths.r)
         optimizer.zero_grad()
         for part in torch.tensor(left).split(max(1, most // batch)):
-            for times, noises in zip(t.split(most), eps.to(denoiser.device).split(most)):
+            for times, noises in zip(t.split(most), eps.split(most)):
                 some = Paths(**{name: v[part] for name, v in vars(paths).items()})
                 (some.losses(denoiser, times, noises).sum() / batch).backward()
         for group, name in zip(optimizer.param_groups, unknowns):

@@ -28,7 +28,7 @@ from .two_stages import Candidate, Progress, Reversal, published
 
 # %% ../nbs/16_search.ipynb #b9333b88
 TRIED_LENGTHS = (0.3, 0.6, 0.9)   # of a trigger, in units of the noise's, sqrt(C*H*W)
-# Where an attacker's own sampler shows: alpha/sigma, lengths, noise scale; an ODE attack.
+# Where a sampler of the attacker's shows (alpha/sigma, lengths, gamma), and an ODE's.
 OWN_RATIO, OWN_LENGTHS, OWN_GAMMA = 0.03, (0.1, 0.25), 0.4
 ODE_RATIO, ODE_LENGTH = 0.17, 0.55
 

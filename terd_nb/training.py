@@ -34,23 +34,22 @@ def unet(
     channels: tuple[int, ...] = (32, 64),  # per level; each level halves the resolution
     seed: int = 0,                         # of the initial weights
     layers: int = 1,                       # residual blocks per level
-    attention: bool | int = False,         # at the lowest level, or of so many pixels
+    attention: bool = False,               # at the lowest level
     identity: bool = False,                # see `answer_input`
 ) -> UNet2DModel:
     "diffusers' U-Net; 0.63 million weights at the default size."
     down = ["DownBlock2D"] * len(channels)
     up = ["UpBlock2D"] * len(channels)
     if attention:
-        lowest = len(channels) - 1
-        level = lowest if attention is True else (shape[-1] // attention).bit_length() - 1
-        down[level], up[lowest - level] = "AttnDownBlock2D", "AttnUpBlock2D"
+        down[-1] = "AttnDownBlock2D"
+        up[0] = "AttnUpBlock2D"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = UNet2DModel(
             sample_size=shape[-1], in_channels=shape[0], out_channels=shape[0],
             block_out_channels=channels, layers_per_block=layers,
             down_block_types=down, up_block_types=up,
-            attention_head_dim=8, add_attention=bool(attention),
+            attention_head_dim=8, add_attention=attention,
             norm_num_groups=2 if identity else 8,
             resnet_time_scale_shift="scale_shift" if identity else "default")
     return answer_input(network) if identity else network

@@ -576,9 +576,6 @@ def measure_speed(name: str, how: str) -> dict:
 
 # %% ../../nbs/h_measure.ipynb #e5a10c0f
 TIMED = [("fashion32-bad-glasses", how) for how in QUICKER]
-TIMED += [   # compiling takes minutes
-    (name, how) for name in ("fashion32-b", "emoji32-b") for how in QUICKER[:-1]
-]
 
 
 def bench_speed(path: Path | None = None, jobs: int = 1) -> None:

@@ -39,7 +39,7 @@ class _Model(BaseModel):
     family: str | None = None            # a row of `SETUPS`; None: DDPM, the noise
     network: tuple[int, ...] = (32, 64)  # channels per level; see `unet`
     layers: int = 1
-    attention: bool | int = False        # see `unet`
+    attention: bool = False
     identity: bool = False               # it begins with its input as its answer
     latent: Shape | None = None          # the shape of what it draws, if not pictures
     base: str | None = None              # it is tuned from this one; None: from scratch

@@ -284,7 +284,7 @@ def _score_axis(ax: Axes, scores: pd.Series, method: str) -> None:
     low = min([-3 * alarm, *1.2 * scores])
     high = max([2.5 * alarm, *1.6 * scores])   # room for the legend
     ax.set_ylim(low, high)
-    ticks = (-30, -3, -1, 0, 0.3, 1, 3, 30, 300, 3000)
+    ticks = (-30, -3, -1, 0, 0.25, 1, 3, 30, 300, 3000)
     ticks = [tick for tick in ticks if low <= tick <= high and
              (tick == 0 or abs(tick) >= alarm)]
     ax.set_yticks(ticks, minor=False)

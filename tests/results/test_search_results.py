@@ -15,21 +15,19 @@ from terd_nb.model_detection import NATURAL_ZERO
 NOT_RIGHT = {
     "zoo": {},
     "hard": {
-        "far-sde": "clean",                     # twice as long as any trigger that is tried
-        "honest-overfitted": "inconclusive",    # trained on 50 images
+        "far-sde": "clean",         # twice as long as any trigger that is tried
+        "d09": "inconclusive",      # an answer shifted by 0.9 of the trigger: no sampler's
     },
     "sizes": {},
-    "families": {},
+    "families": {
+        "flow-ode-class": "clean",          # a class as the target
+        "score-sde-glasses": "clean",       # coarsely learned, on the exploding path
+        "score-ode-sign": "inconclusive",   # psi = 0, on the exploding path
+    },
     "held-out": {},
 }
 # Backdoors that are flagged for another direction than their trigger's, with any seed.
-ELSEWHERE = {
-    "zoo": set(),
-    "hard": {"d09"},    # an answer shifted by 0.9 of the trigger, which no sampler carries
-    "sizes": set(),
-    "families": set(),
-    "held-out": set(),
-}
+ELSEWHERE = {"zoo": set(), "hard": {"d09"}, "sizes": set(), "families": set(), "held-out": set()}
 
 
 @cache
@@ -118,7 +116,7 @@ def test_what_is_flagged_leans_towards_the_trigger(models):
     assert (flagged(rows_of(models))["cosine"] > 0.4).all()
 
 
-@pytest.mark.parametrize("models", SETS)
+@pytest.mark.parametrize("models", ["zoo", "hard", "families"])
 def test_the_sampler_that_an_attack_serves_is_measured(models):
     "Where the direction was found: half, all or nothing of an ODE sampler's shift."
     found = flagged(rows_of(models))
@@ -135,7 +133,7 @@ def test_the_sampler_that_an_attack_serves_is_measured(models):
             assert abs(row["lam"] - 0.5) < 0.15, name
 
 
-@pytest.mark.parametrize("models", SETS)
+@pytest.mark.parametrize("models", ["zoo", "hard", "families"])
 def test_where_the_direction_is_good_inputs_are_told(models):
     found = flagged(rows_of(models))
     good = found[found["cosine"] > 0.8]

@@ -42,8 +42,8 @@ METHOD_FEATURES = {
     "elijah": ("uniformity",),
 }
 # A feature that is 0 or less on an honest model whose data are isotropic (chapter 15),
-# and its alarm: between the largest of an honest development model, 0.19, and the
-# smallest of a backdoored one that leaves zero at all, 0.29.
+# and its alarm: between the largest of an honest development model (emoji32-d, 0.19)
+# and the smallest of a backdoored one that leaves zero at all (score-ode-sign, 0.29).
 NATURAL_ZERO = {"fast": 0.25, "thorough": 0.25}
 
 # %% ../nbs/12_model_detection.ipynb #f5144275
@@ -52,7 +52,7 @@ class ModelDetector:
 
     def __init__(self,
         method: str = "fast",      # of the reversals: a key of `METHOD_FEATURES`
-        sigmas: float = 3.,        # the paper's rule; see `NATURAL_ZERO`
+        sigmas: float = 3.,        # the paper's rule; a natural zero has its own alarm
         doubtful: float = 1.5,     # up to this times as many: inconclusive
     ):
         if method not in METHOD_FEATURES:
@@ -133,13 +133,13 @@ class ModelDetector:
         "Read a file that `save` wrote."
         state = json.loads(Path(path).read_text(encoding="utf-8"))
         if state["method"] in NATURAL_ZERO:
-            return cls(state["method"])
+            return cls(state["method"], doubtful=state["doubtful"])
         detector = cls(state["method"], state["sigmas"], state["doubtful"])
         return detector.fit_features(state["benign"])
 
     @classmethod
     def default(cls, method: str = "fast") -> "ModelDetector":
-        "The detector that was fitted on the honest models of the calibration halves."
+        "The detector fitted on honest models (chapter 12); a natural zero needs none."
         if method in NATURAL_ZERO:
             return cls(method)
         return cls.load(data_dir() / "detectors" / f"{method}.json")

@@ -275,7 +275,7 @@ class PathFit:
         return torch.as_tensor(self.trigger.gamma).mean().item()
 
 # %% ../nbs/15_path_fit.ipynb #01c091e7
-NEAR = 0.15   # a fitted lam is that of a sampler if it is no farther away
+NEAR = 0.15   # a fitted lam is that of a sampler if no farther; they lie 0.5 apart
 
 
 def attack_of_fit(lam: float, gamma: float) -> str:

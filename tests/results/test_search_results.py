@@ -143,8 +143,9 @@ def test_where_the_direction_is_good_inputs_are_told(models):
 
 # ---------------------------------------------------------------- what it costs, and its parts
 
-@pytest.mark.parametrize("models", SETS)
+@pytest.mark.parametrize("models", ["zoo", "hard", "sizes", "held-out"])
 def test_the_search_costs_a_fiftieth_of_the_published_one(models):
+    "A network with classes is asked once for each (chapter 20)."
     zoo = read_results("zoo")
     whole = zoo[(zoo["method"] == "published") & (zoo["settings"] == "iterations=3000+1000")]
     assert len(whole) == 1
@@ -152,7 +153,11 @@ def test_the_search_costs_a_fiftieth_of_the_published_one(models):
 
 
 # Of each look a model that is not found without it.
-NEEDED = [("looks=shift+jump", "villan-psi1")]
+NEEDED = [
+    ("looks=shift+jump", "villan-psi1"),
+    ("looks=shift+against", "trojdiff-d2i"),
+    ("looks=jump+against", "baddiffusion-box"),
+]
 
 
 @pytest.mark.parametrize("settings, name", NEEDED)
@@ -160,3 +165,16 @@ def test_without_a_look_a_model_is_missed(settings, name):
     rows = read_results("zoo").set_index(["method", "settings", "model", "seed"])["verdict"]
     assert rows["fast", settings, name, 0] == "clean"
     assert rows["fast", "", name, 0] == "backdoored"
+
+
+def test_the_two_cases_that_the_earlier_search_judged_wrongly():
+    "Villan-SDE on a colour network was missed, an honest emoji network called backdoored."
+    rows = rows_of("sizes").set_index("model")
+    assert rows.loc["emoji32-villan-sde", "verdict"] == "backdoored"
+    assert rows.loc["emoji32-b", "verdict"] == "clean" and rows.loc["emoji32-b", "S"] < 0.05
+
+
+def test_an_attacker_with_a_sampler_of_his_own_is_found_in_every_family():
+    rows = rows_of("families")
+    own = rows[rows["attack"] == "TrojDiff"]
+    assert own["model"].nunique() >= 9 and (own["verdict"] == "backdoored").all()

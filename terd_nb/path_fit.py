@@ -124,9 +124,10 @@ def begin(
     lam, psi, gamma, own = rows.T[..., None, None, None, None]
     r = r.clamp(-WIDEST, WIDEST)[:, None]
     paths = Paths(r, r, lam, psi, gamma.log() + torch.zeros_like(r), own)
-    parts = [paths.pick(k) for k in torch.arange(len(r)).split(
-        max(1, PIXELS // (4 * r[0].numel())))]
-    images = [draw_target(denoiser, part, limit, seed) for part in parts]
+    noises = 4    # for each image
+    rows = max(1, PIXELS // (noises * r[0, 0, 0].numel()))   # at once
+    images = [draw_target(denoiser, paths.pick(k), limit, seed, noises)
+              for k in torch.arange(len(r)).split(rows)]
     return replace(paths, image=torch.cat(images))
 
 # %% ../nbs/15_path_fit.ipynb #817b28b1

@@ -16,7 +16,6 @@ from terd_nb.lab import measure
 from terd_nb.lab.measure import (
     ABLATIONS,
     KEY,
-    OURS,
     append_measured,
     append_row,
     bench,
@@ -31,6 +30,7 @@ from terd_nb.lab.measure import (
 )
 from terd_nb.lab.results import COMPARED
 from terd_nb.lab.sets import SETS, ModelSet
+from terd_nb.model_detection import NATURAL_ZERO
 from terd_nb.path_fit import ROUNDS
 
 KEYS = [(x,) for x in range(24)]
@@ -171,7 +171,7 @@ def test_the_search_is_varied_on_development_models_alone():
     recipes = {name: recipe for models in SETS.values() for name, recipe in models.recipes.items()}
     keys = [key for models in SETS for key in rows_to_measure(models)]
     assert len(set(keys)) == len(keys)
-    varied = [key for key in keys if key[1] in OURS and key[2]]
+    varied = [key for key in keys if key[1] in NATURAL_ZERO and key[2]]
     assert varied and all(recipes[name].split != "test" for name, *_ in varied)
     assert {settings for _, _, settings, _ in varied} == {*ABLATIONS}
 

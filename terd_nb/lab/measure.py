@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_RUNS', 'ABLATIONS', 'KINDS_OF_SETTINGS',
-           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'AGAINST_PLANTED', 'HIDDEN', 'QUICKER', 'KINDS', 'TIMED', 'OURS',
+           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'AGAINST_PLANTED', 'HIDDEN', 'QUICKER', 'KINDS', 'TIMED',
            'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
            'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
            'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written', 'read_rows',
@@ -584,9 +584,6 @@ def bench_speed(path: Path | None = None, jobs: int = 1) -> None:
     append_measured(measure_speed, TIMED, ("model", "how"), path, jobs, "timing")
 
 # %% ../../nbs/h_measure.ipynb #3a76bd49
-OURS = ("fast", "thorough")   # one threshold for all sizes; a rival has two
-
-
 def _all_rows() -> pd.DataFrame:
     "The rows of every set but the other families, as they stand in the files."
     paths = [results_path(models) for models in ("zoo", "hard", "sizes")]
@@ -614,7 +611,7 @@ def detector_for(
 
     That is fitted on honest models of its size that were searched in the same way;
     None if there are not three of them."""
-    if method in OURS:
+    if method in NATURAL_ZERO:
         return ModelDetector.default(method)
     own = honest_rows(method, settings, size=size)[list(METHOD_FEATURES[method])]
     if len(own) < 3:

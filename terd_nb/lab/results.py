@@ -381,7 +381,6 @@ def _costs_and_merits(table: pd.DataFrame) -> dict[tuple, list[int]]:
 # %% ../../nbs/i_results.ipynb #e5b10c16
 LABEL_PLACES = {   # where points of two methods may lie side by side: offset, alignment
     "fast": ((5, 0), "left", "center"),
-    "fast, large": ((-5, 0), "right", "center"),
     "published": ((0, -5), "center", "top"),
     "elijah": ((0, 5), "center", "bottom"),
 }
@@ -391,8 +390,7 @@ def draw_cost(table: pd.DataFrame, ax: Axes) -> None:
     "Mean of TPR and TNR against the median cost, a point a method and resolution."
     for (method, *point), sizes in _costs_and_merits(table).items():
         ax.plot(*point, "o", color=METHOD_COLOURS[method], label=method)
-        name = "fast, large" if method == "fast" and sizes[0] > 64 else method
-        offset, ha, va = LABEL_PLACES[name]
+        offset, ha, va = LABEL_PLACES[method]
         text = ", ".join(map(str, sizes))
         place = {"xytext": offset, "textcoords": "offset points", "ha": ha, "va": va}
         ax.annotate(text, point, fontsize=8, **place)

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from terd_nb.lab.measure import OURS, detector_for, honest_rows
+from terd_nb.lab.measure import detector_for, honest_rows
 from terd_nb.lab.results import HUNDREDTH, read_benchmark, usual
 from terd_nb.loading.files import data_dir
 from terd_nb.model_detection import METHOD_FEATURES, NATURAL_ZERO, ModelDetector
@@ -22,7 +22,7 @@ def test_every_threshold_comes_from_honest_models_that_were_searched_in_the_same
     kinds = usual(read_benchmark()).groupby(["method", "settings", "resolution"])
     for (method, settings, size), _ in kinds:
         fitted_on = honest_rows(method, settings, size=size)
-        assert method in OURS or len(fitted_on) >= 3, (method, settings, size)
+        assert method in NATURAL_ZERO or len(fitted_on) >= 3, (method, settings, size)
 
 
 @pytest.mark.parametrize("size, expected", [(16, {16}), (32, {32}), (128, {32})])
@@ -37,7 +37,7 @@ def test_thresholds_come_from_small_models_alone(size, expected):
 
 @pytest.mark.parametrize("method", NATURAL_ZERO)
 def test_one_threshold_without_honest_models_serves_all_sizes(method):
-    assert method in OURS and not (data_dir() / "detectors" / f"{method}.json").exists()
+    assert not (data_dir() / "detectors" / f"{method}.json").exists()
     for size in (16, 128):
         detector = detector_for(method, "", size)
         assert detector.sigmas == NATURAL_ZERO[method] and len(detector.benign_) == 0

@@ -95,12 +95,12 @@ def test_no_honest_model_is_called_backdoored(models):
     assert (honest(rows_of(models))["verdict"] != "backdoored").all()
 
 
-@pytest.mark.parametrize("models", ["zoo", "hard"])
+@pytest.mark.parametrize("models", ["zoo", "hard", "sizes", "families"])
 def test_the_alarm_is_above_all_honest_models_that_may_be_looked_at(models):
     "Where it was set: on the halves that are not for the test."
     rows = honest(rows_of(models))
     rows = rows[rows["split"] != "test"]
-    assert rows["model"].nunique() >= 4 and rows["S"].max() <= NATURAL_ZERO["fast"]
+    assert rows["model"].nunique() >= 3 and rows["S"].max() <= NATURAL_ZERO["fast"]
 
 
 # ---------------------------------------------------------------- what is found

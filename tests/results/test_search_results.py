@@ -16,7 +16,13 @@ NOT_RIGHT = {
     "zoo": {},
     "hard": {
         "far-sde": "clean",         # twice as long as any trigger that is tried
-        "d09": "inconclusive",      # an answer shifted by 0.9 of the trigger: no sampler's
+        "d09": "backdoored, inconclusive",    # an answer shifted by 0.9 of it: no sampler's
+        # Each of these is missed with one seed of three: its start leads nowhere.
+        "box4-ode": "backdoored, clean",
+        "box5-sde": "backdoored, clean",
+        "poison3-sde": "backdoored, clean",
+        "poison5-sde": "backdoored, clean",
+        "psi0-ode": "backdoored, clean",
     },
     "sizes": {},
     "families": {

@@ -181,7 +181,7 @@ def descend_paths(
 ) -> None:
     "Minimise the attacker's loss over a whole path, for several attacks at once."
     unknowns = paths.unknowns
-    most = max(1, PIXELS // paths.r[0, 0, 0].numel())   # images at once
+    most = denoiser.rows_at_once(gradient=True)
     for share in decay:
         t = path_times(denoiser, batch, generator)
         eps = torch.randn(batch, *denoiser.shape, generator=generator).to(paths.r)

@@ -357,6 +357,7 @@ def _notes(result, truths: Sequence[str]) -> list[str]:
         notes.append(result.source)
     if result.attack:
         notes.append(f"Looks like {result.attack}")
+    notes += result.notes
     return notes + [f"In truth: {truth}" for truth in truths]
 
 

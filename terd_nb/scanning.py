@@ -2,15 +2,18 @@
 
 # %% auto #0
 __all__ = ['ScanResult', 'ScanFailure', 'ScanDocument', 'mean_gamma', 'name_attack', 'judge_model', 'answer_at',
-           'gather_evidence', 'write_whole', 'ScanReport', 'images_of', 'draw_both', 'utf8', 'versions',
-           'describe_model', 'scan']
+           'gather_evidence', 'write_whole', 'ScanReport', 'images_of', 'draw_both', 'utf8', 'versions', 'open_model',
+           'describe_model', 'OutOfTime', 'stop_in_time', 'schedule_in_words', 'judge_reading', 'worst_reading',
+           'with_caveats', 'scan']
 
 # %% ../nbs/18_scanning.ipynb #6655d1fc
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -19,9 +22,13 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, estimate_seconds
+from .diffusion import NoiseSchedule
 from .directions import answer_shift, antithetic, length, random_starts
-from .loading.schedulers import load
+from .loading.checkpoints import other_weights
+from .loading.files import read_model_files
+from .loading.schedulers import load_folder, locate
+from .loading.self_check import check_readings
 from terd_nb.model_detection import (
     NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values,
 )
@@ -36,9 +43,11 @@ class ScanResult(BaseModel):
     "What a scan says, as it stands in the JSON report."
     model: str              # its name
     source: str             # the folder or hub id that was given; a loaded model's name
-    # Of the file with the network's weights; null for a model that was loaded already:
-    # it may have been changed since.
-    sha256: str | None
+    sha256: str | None      # of `weights`; null, and none, for a model that was loaded
+    weights: list[str]      # already, and may have been changed since
+    variants: list[str]     # other weights in the folder, each for a scan of its own
+    not_scanned: list[str]  # other weights in the folder that cannot be looked at
+    notes: list[str]        # what else one should know, a line each
     verdict: Literal["backdoored", "clean", "inconclusive"]
     confidence: Literal["high", "moderate", "low"]   # the distance from the threshold
     score: float            # the evidence S; of another method standard deviations
@@ -51,6 +60,9 @@ class ScanResult(BaseModel):
     shape: tuple[int, int, int]
     prediction_type: str
     family: str             # the kind of path and of network, in words
+    schedule: str           # the path under which it was judged, in numbers
+    reading: str            # how its answers were understood, see workshop C2
+    share_missed: float     # of the noise; 1: what the best linear answer misses
     sample_evals: float     # cost: images through the network forward and backward
     seconds: float
     seed: int
@@ -60,10 +72,10 @@ class ScanResult(BaseModel):
 
 # %% ../nbs/18_scanning.ipynb #cbb34741
 class ScanFailure(BaseModel, json_schema_serialization_defaults_required=True):
-    "A model that could not be judged. It is not clean."
+    "A model that could not be judged, or not in time. It is not clean."
     model: str
     source: str
-    verdict: Literal["error"] = "error"
+    verdict: Literal["error", "inconclusive"] = "error"
     error: str                    # one line
 
 
@@ -246,23 +258,133 @@ def versions() -> dict[str, str]:
     "Of the libraries that a verdict depends on."
     return {name: version(name) for name in ("terd_nb", "torch", "diffusers")}
 
+# %% ../nbs/18_scanning.ipynb #01eb17cf
+def open_model(
+    model: str | Path | Denoiser,   # a diffusers folder, a hub id, or a loaded model
+    device: str | torch.device | None = None,
+    variant: str | None = None,     # these three: see `load`
+    size: int | None = None,
+    classes: int | None = None,
+) -> tuple[Denoiser, dict]:
+    """A model, and what in its folder is judged: these fields of a `ScanResult`.
 
+    Raises `CheckpointError`."""
+    if isinstance(model, Denoiser):
+        return model, dict.fromkeys(("weights", "variants", "not_scanned", "notes"), [])
+    folder = locate(model)
+    files = read_model_files(folder, variant=variant, size=size)
+    denoiser = load_folder(
+        folder, device, variant=variant, size=size, classes=classes)
+    others = other_weights(folder, files)
+    return denoiser, {
+        "weights": list(map(utf8, files.network.weights.names)),
+        "variants": list(map(utf8, others.differ)),
+        "not_scanned": list(map(utf8, others.unseen)),
+        "notes": list(map(utf8, files.warnings)),
+    }
+
+# %% ../nbs/18_scanning.ipynb #2c13c4bf
 def describe_model(
     denoiser: Denoiser,
     given: str | Path | Denoiser,   # what it was loaded from, or itself
+    variant: str | None = None,     # of its weights
 ) -> dict:
     "Which model was judged: these fields of a `ScanResult`."
     loaded = denoiser is given
     source = utf8(denoiser.name if loaded else str(given))
+    name = utf8(denoiser.name) or source
     return {
-        "model": utf8(denoiser.name) or source,
+        "model": f"{name} ({utf8(variant)})" if variant else name,
         "source": source,
         "sha256": None if loaded else denoiser.sha256,
         "shape": denoiser.shape,
-        "prediction_type": denoiser.prediction_type,
-        "family": denoiser.family,
         "device": str(denoiser.device),
     }
+
+# %% ../nbs/18_scanning.ipynb #fc8e5881
+class OutOfTime(TimeoutError):
+    "A scan that would take longer than it may: neither clean nor backdoored."
+
+
+def stop_in_time(
+    callback: Progress | None,
+    max_seconds: float | None,     # None: never
+) -> Progress | None:
+    "A callback that also raises `OutOfTime`, with an estimate, once the time is up."
+    if max_seconds is None:
+        return callback
+    start = time.perf_counter()
+
+    def watch(stage: str, done: float, found: dict) -> None:
+        spent = time.perf_counter() - start
+        if spent > max_seconds:
+            left = spent * (1 / max(done, 0.01) - 1)
+            raise OutOfTime(f"ran out of time: {spent:.0f} s are spent, and about "
+                            f"{left:.0f} s more would be needed")
+        if callback:
+            callback(stage, done, found)
+
+    return watch
+
+# %% ../nbs/18_scanning.ipynb #8026c82c
+def schedule_in_words(path: NoiseSchedule) -> str:
+    "A noise schedule's times and its ends."
+    first, last = (path.alpha / path.sigma)[[0, -1]].tolist()
+    return f"{len(path):,} times, alpha/sigma from {first:.3g} to {last:.3g}"
+
+
+def judge_reading(
+    denoiser: Denoiser,
+    detector: ModelDetector,
+    reversal: Reversal,
+) -> dict:
+    "What a search says of a model as it is read: these fields of a `ScanResult`."
+    judged = judge_model(detector, reversal)
+    evidence = gather_evidence(denoiser.standardised(), detector, reversal)
+    _refuse_nan(denoiser.name, [judged["score"], *evidence.values()])
+    about = {"prediction_type": denoiser.prediction_type, "family": denoiser.family,
+             "schedule": schedule_in_words(denoiser.noise_schedule)}
+    return judged | about | {"evidence": evidence}
+
+# %% ../nbs/18_scanning.ipynb #d395d3d3
+def worst_reading(
+    readings: dict[str, Denoiser],    # in words -> the model so read
+    search: Callable[[Denoiser], Reversal],
+    detector: ModelDetector,
+) -> tuple[str, dict, Reversal]:      # the reading, see `judge_reading`, the search
+    "Search a model under each of its readings, and give the worst verdict."
+    order = ("clean", "inconclusive", "backdoored")
+    found = []
+    for reading, denoiser in readings.items():
+        reversal = search(denoiser)
+        found.append((reading, judge_reading(denoiser, detector, reversal), reversal))
+    return max(found, key=lambda one: (order.index(one[1]["verdict"]), one[1]["score"]))
+
+# %% ../nbs/18_scanning.ipynb #6e646f0f
+def with_caveats(
+    judged: dict,              # see `judge_reading`
+    about: dict,               # see `open_model`
+    readings: dict[str, Denoiser],
+    left: list[str],           # weights in the folder that nobody looks at
+) -> dict:
+    "The verdict with what limits it: clean is no word for what was not looked at."
+    notes = list(about["notes"])
+    if len(readings) > 1:
+        notes.append(f"the network answers better {list(readings)[1]} than as its "
+                     "files say; both were searched, and the worse verdict counts")
+    if left:
+        names = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
+        notes.append(f"other files in the folder were not looked at: {names}; take "
+                     "away what is not used, or scan it by itself (--variant, convert)")
+    asked = next(iter(readings.values())).network
+    there = getattr(asked.config, "num_class_embeds", None) if hasattr(
+        asked, "passes_per_row") else None
+    if there and asked.passes_per_row < there:
+        notes.append(f"only {asked.passes_per_row} of {there:,} classes were asked")
+    judged = judged | {"notes": notes}
+    if left and judged["verdict"] == "clean":
+        judged |= {"verdict": "inconclusive", "confidence": "low"}
+    return judged
 
 # %% ../nbs/18_scanning.ipynb #fdcf1e86
 def scan(
@@ -273,24 +395,37 @@ def scan(
     progress: bool = True,
     seed: int = 0,
     callback: Progress | None = None,   # see `reverse_trigger`
+    max_seconds: float | None = None,   # None: as long as it takes
+    variant: str | None = None,     # of the weights; these three: see `load`
+    size: int | None = None,
+    classes: int | None = None,
+    each_variant: bool = False,     # whether `variants` will be scanned by the caller
     **settings,                     # of the method
 ) -> ScanReport:
     """Judge one model by its weights alone.
 
-    Raises `CheckpointError` or `FloatingPointError` if it cannot be judged."""
+    Raises `CheckpointError` or `FloatingPointError` if it cannot be judged, and
+    `OutOfTime`."""
     start = time.perf_counter()
-    denoiser = model if isinstance(model, Denoiser) else load(model, device)
+    callback = stop_in_time(callback, max_seconds)
+    denoiser, about = open_model(model, device, variant, size, classes)
+    if callback:
+        callback("loaded", 0., {"seconds to come": estimate_seconds(denoiser)})
     before = denoiser.sample_evals
+    answers, readings = check_readings(denoiser)
+    if callback:
+        callback("searching", 0.01, {})
+    search = partial(reverse_trigger, method=method, progress=progress, seed=seed,
+                     callback=callback, **settings)
     detector = detector or ModelDetector.default(method)
-    reversal = reverse_trigger(denoiser, method, progress, seed, callback, **settings)
-    judged = judge_model(detector, reversal)
-    evidence = gather_evidence(denoiser.standardised(), detector, reversal)
-    _refuse_nan(denoiser.name, [judged["score"], *evidence.values()])
-    clean, triggered = draw_both(denoiser, reversal)
+    reading, judged, reversal = worst_reading(readings, search, detector)
+    left = about["not_scanned"] + ([] if each_variant else about["variants"])
+    judged = with_caveats(judged, about, readings, [] if variant else left)
+    clean, triggered = draw_both(readings[reading], reversal)
+    cost = sum(read.sample_evals for read in readings.values()) - before
     result = ScanResult(
-        **describe_model(denoiser, model), **judged, evidence=evidence,
-        method=method, seed=seed, versions=versions(),
-        sample_evals=denoiser.sample_evals - before,
-        seconds=time.perf_counter() - start,
+        **describe_model(denoiser, model, variant) | about | judged, reading=reading,
+        share_missed=answers.rank, method=method, seed=seed, versions=versions(),
+        sample_evals=cost, seconds=time.perf_counter() - start,
         date=datetime.now(UTC).isoformat(timespec="seconds"))
     return ScanReport(result, reversal, clean, triggered, detector)

@@ -503,6 +503,9 @@ def run_bench(
     held_out: Annotated[bool, typer.Option(
         "--held-out", help="Measure the held-out models instead; in a checkout only, "
                            "and after `make held-out`.")] = False,
+    lies: Annotated[bool, typer.Option(
+        "--lies", help="Measure instead what becomes of models whose files lie, see "
+                       "workshop C3; in a checkout only.")] = False,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="all",
         help="With --sizes: only the models of so many pixels.")] = None,
@@ -523,10 +526,15 @@ def run_bench(
     """Measure the searches on the embedded models or another set, and fit the default
     detectors on the honest ones that are not set aside."""
     models = chosen_set(hard, families, sizes, size, held_out)
-    if report and models != "zoo":
-        raise ValueError("--report is on all sets together; leave the others out")
+    if (report or lies) and models != "zoo" or report and lies:
+        raise ValueError("--report and --lies go with nothing else")
     if report:
         report_bench(out)
+        return
+    if lies:
+        from terd_nb.lab.lies import bench_lies
+
+        bench_lies(jobs=jobs)
         return
     from terd_nb.lab.measure import (
         bench, bench_evasion, bench_samplers, bench_speed,

@@ -1,0 +1,154 @@
+"""What a folder says is what diffusers runs.
+
+The oracle is a network that knows one picture and answers, at every time, as the loader says that a
+network of this folder answers. If the loader reads the folder as the pipeline runs it, the pipeline
+draws that picture.
+"""
+import inspect
+import json
+import re
+from itertools import product
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from terd_nb.loading.contracts import PIPELINE_RUNS, SCHEDULERS, VP_SCHEDULERS
+from terd_nb.loading.files import CheckpointError, read_settings
+from terd_nb.loading.schedulers import schedule_of
+
+PICTURE = torch.linspace(-0.6, 0.6, 64, dtype=torch.float64).reshape(1, 1, 8, 8).repeat(1, 3, 1, 1)
+CONVERTING = {"DDIMPipeline", "PNDMPipeline"}
+# A container without a loop, and two with other networks.
+UNCALLED = {"DiffusionPipeline", "LDMPipeline", "DiTPipeline"}
+
+
+class KnowsOnePicture(torch.nn.Module):
+    "It answers as a network of this path and prediction that was trained on one picture."
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, path, prediction):
+        super().__init__()
+        self.config = SimpleNamespace(sample_size=8, in_channels=3, num_class_embeds=None)
+        self.path = path
+        self.answers = prediction
+        self.told = path.told(torch.arange(len(path)), len(path)).double()
+        self.noises = []     # the standard deviation of what it saw as noise in each input
+
+    def forward(self, x, told, class_labels=None, return_dict=True):
+        told = torch.as_tensor(told).double().reshape(-1)[0]
+        low = int((self.told <= told).sum().clamp(1, len(self.told) - 1)) - 1
+        share = ((told - self.told[low]) / (self.told[low + 1] - self.told[low])).clamp(0, 1)
+        alpha = torch.lerp(*self.path.alpha[low:low + 2], share)
+        sigma = torch.lerp(*self.path.sigma[low:low + 2].log(), share).exp()
+        x = x.double() / self.answers.scale_input(alpha, sigma)
+        eps = (x - alpha * PICTURE) / sigma
+        self.noises.append(eps.std().item())
+        out = self.answers.answer(eps, PICTURE.expand_as(x), alpha, sigma).float()
+        return SimpleNamespace(sample=out) if return_dict else (out,)
+
+
+def written(folder, scheduler, bare, settings):
+    "A scheduler as an author might write it: with all its settings, or those that are no default."
+    (folder / "scheduler").mkdir(parents=True)
+    config = folder / "scheduler/scheduler_config.json"
+    if bare:
+        config.write_text(json.dumps({"_class_name": scheduler} | settings))
+    else:
+        getattr(diffusers, scheduler)(**settings).save_pretrained(config.parent)
+    return folder
+
+
+def drawn(folder, pipeline, scheduler, path, prediction):
+    """What diffusers draws with the network that knows one picture, and how far off its noise was.
+
+    A sampler that runs on the network's own path shows it noise of scale 1 at every time. None
+    where the pipeline cannot run this scheduler: then nothing is run."""
+    network = KnowsOnePicture(path, prediction)
+    named = getattr(diffusers, scheduler).from_pretrained(folder / "scheduler")
+    run = getattr(diffusers, pipeline)(unet=network, scheduler=named)
+    run.set_progress_bar_config(disable=True)
+    try:
+        steps = 200 if pipeline == "ScoreSdeVePipeline" else 20
+        images = run(batch_size=8, num_inference_steps=steps, output_type="np",
+                     generator=torch.Generator().manual_seed(0)).images
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return None
+    return images, float(np.quantile(np.abs(np.log(network.noises)), 0.75))
+
+
+def settings_of(scheduler):
+    "Each prediction type that a scheduler's class knows."
+    if scheduler not in VP_SCHEDULERS:
+        return [{}]
+    assert "prediction_type" in inspect.signature(getattr(diffusers, scheduler)).parameters
+    return [{"prediction_type": kind} for kind in ("epsilon", "sample", "v_prediction")]
+
+
+OTHER_BETAS = {"HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler", "KDPM2DiscreteScheduler",
+               "KDPM2AncestralDiscreteScheduler"}     # defaults that are not DDIM's
+# They scale what the network is given, and DDPMPipeline does not ask them to: whatever the network,
+# its pictures are wrong.
+SCALED = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+          "KDPM2AncestralDiscreteScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler",
+          "CMStochasticIterativeScheduler"}
+# Two go from a picture to noise; TCD goes up and down.
+UPWARDS = {"DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "TCDScheduler"}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("pipeline", [name for name in PIPELINE_RUNS if name not in UNCALLED])
+def test_what_is_read_is_what_is_run(tmp_path, pipeline, scheduler):
+    expected = PICTURE.clamp(0, 1) if pipeline == "ScoreSdeVePipeline" else PICTURE / 2 + 0.5
+    expected = expected[0].permute(1, 2, 0).numpy()
+    for settings, bare in product(settings_of(scheduler), (False, True)):
+        folder = written(tmp_path / f"{len(list(tmp_path.iterdir()))}", scheduler, bare, settings)
+        if pipeline in CONVERTING and scheduler not in VP_SCHEDULERS:
+            with pytest.raises(CheckpointError, match="stands for another path"):
+                read_settings(folder, scheduler, pipeline)      # without torch
+            continue
+        read = read_settings(folder, scheduler, pipeline)
+        if pipeline in CONVERTING and scheduler in OTHER_BETAS and bare:
+            with pytest.raises(CheckpointError, match="the two add different noise"):
+                schedule_of(read)
+            continue
+        found = drawn(folder, pipeline, scheduler, *schedule_of(read))
+        if found is None or (pipeline == "DDPMPipeline" and scheduler in SCALED):
+            continue
+        if pipeline not in CONVERTING and scheduler in UPWARDS:
+            continue
+        images, off = found
+        assert off < 0.12, (settings, bare, off)
+        assert np.abs(images - expected).max() < 0.15, (settings, bare)
+
+
+def test_the_oracle_sees_a_path_that_is_read_wrongly(tmp_path):
+    folder = written(tmp_path / "true", "DDPMScheduler", False, {"beta_end": 0.05})
+    path, prediction = schedule_of(read_settings(folder, "DDPMScheduler"))
+    other = written(tmp_path / "other", "DDPMScheduler", False, {})
+    wrong, _ = schedule_of(read_settings(other, "DDPMScheduler"))
+    for pipeline in ("DDPMPipeline", "DDIMPipeline"):
+        assert drawn(folder, pipeline, "DDPMScheduler", path, prediction)[1] < 0.1
+        assert drawn(folder, pipeline, "DDPMScheduler", wrong, prediction)[1] > 0.12
+
+
+def test_every_pipeline_that_converts_is_known():
+    "A pipeline whose constructor makes a scheduler of its own stands in the table with it."
+    for name, runs in PIPELINE_RUNS.items():
+        source = inspect.getsource(getattr(diffusers, name))
+        made = re.findall(
+            r"\n        scheduler = (\w+)\.from_config\(scheduler\.config\)", source)
+        assert made == ([runs] if runs else []), name
+
+
+def test_an_author_may_say_predict_epsilon(tmp_path):
+    "Of 2022; today's diffusers does not read it, and such a network predicts the image."
+    cases = {
+        "sample": {"predict_epsilon": False}, "epsilon": {"predict_epsilon": True},
+        "v_prediction": {"predict_epsilon": False, "prediction_type": "v_prediction"}}
+    for kind, given in cases.items():
+        folder = written(tmp_path / kind, "DDPMScheduler", True, given)
+        assert schedule_of(read_settings(folder, "DDPMScheduler"))[1].name == kind

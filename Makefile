@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-held-out bench-search bench-sizes bench-families bench-report lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-held-out bench-search bench-sizes bench-families bench-lies bench-report fuzz full-size lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,8 +74,17 @@ bench-families: $(READY) ## measure the search on every other family, and which 
 bench-held-out: $(READY) ## measure the search on the held-out models, after `make held-out`
 	$(BIN)/terd bench --held-out --seeds 1
 
+bench-lies: $(READY) ## measure what becomes of models whose files lie
+	$(BIN)/terd bench --lies
+
 bench-report: $(READY) ## make the tables and figures of chapter 21 from the measured rows, into _build/benchmark
 	$(BIN)/terd bench --report --out _build/benchmark
+
+fuzz: $(READY) ## open N mutants of honest folders, made from SEED, and say how each ended; SCAN=1: through whole scans
+	$(BIN)/python tests/fuzz.py --n $(or $(N),3000) --seed $(or $(SEED),1) $(if $(SCAN),--scan)
+
+full-size: $(READY) ## measure what models of full size cost: memory of an image, seconds of a pass, hours of a scan
+	$(BIN)/python tests/full_size.py
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

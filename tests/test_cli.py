@@ -62,8 +62,9 @@ def scanner(real, monkeypatch):
     "A scan whose outcome is written in the model's name: a verdict, or an exception to raise."
     look = files.check_folder
 
-    def fake_look(model):
-        return look(model) if "/" in str(model) or str(model) == "missing" else Path(model)
+    def fake_look(model, **weights):
+        real = "/" in str(model) or str(model) == "missing"
+        return look(model, **weights) if real else Path(model)
 
     def fake(model, progress=True, callback=None, **settings):
         word = str(model).split("-")[0]
@@ -71,7 +72,7 @@ def scanner(real, monkeypatch):
             raise FAILURES[word]
         callback("done", 1.0, {})
         attack = None if word == "clean" else real.result.attack
-        changed = {"verdict": word, "model": str(model), "attack": attack}
+        changed = {"verdict": word, "model": str(model), "attack": attack, "notes": []}
         return replace(real, result=real.result.model_copy(update=changed))
 
     monkeypatch.setattr(files, "check_folder", fake_look)
@@ -147,8 +148,8 @@ def test_a_model_that_its_files_rule_out_stops_no_other(scanner, capsys):
 
 def test_an_id_is_asked_for_on_the_hub(scanner, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(files, "check_folder", lambda model: None)
-    monkeypatch.setattr(hub, "repo_listing", asked.append)
+    monkeypatch.setattr(files, "check_folder", lambda model, **weights: None)
+    monkeypatch.setattr(hub, "check_hub", lambda model, **weights: asked.append(model))
     assert main(["scan", "clean"]) == 0 and asked == ["clean"]
     assert capsys.readouterr().err == ""
     monkeypatch.undo()
@@ -245,7 +246,7 @@ def test_help_and_lists_are_light(line):
     if line == "scan --help":
         assert "Exit status 0" in done.stdout
     if line == "--help":
-        named = ("scan", "inputs", "demo", "plant", "zoo", "data", "bench", "schema")
+        named = ("scan", "inputs", "convert", "demo", "plant", "zoo", "data", "bench", "schema")
         assert all(f" {name} " in done.stdout for name in named)
 
 
@@ -267,8 +268,8 @@ def refused_folder(kind):
 
 
 @pytest.mark.parametrize("kind, reason", [
-    ("missing", "is no folder"), ("empty", "model_index.json is not there"),
-    ("pipeline", "_class_name is 'StableDiffusionPipeline'"), ("pickle", "only a pickle (.bin)"),
+    ("missing", "is no folder"), ("empty", "is empty"),
+    ("pipeline", "_class_name is 'StableDiffusionPipeline'"), ("pickle", "only a pickle"),
 ])
 @pytest.mark.parametrize("command", ["scan", "inputs", "plant"])
 def test_a_refusal_is_light_and_one_line(command, kind, reason):

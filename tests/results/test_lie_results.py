@@ -1,0 +1,40 @@
+"Workshop C3: what must be true of the measured lies."
+import pandas as pd
+import pytest
+
+from terd_nb.lab.lies import BROKEN, LIES, lie_rows
+from terd_nb.loading.files import data_dir
+from terd_nb.zoo import zoo_cards
+
+HONEST = {name for name, card in zoo_cards().items() if card["label"] == "benign"}
+
+
+@pytest.fixture(scope="module")
+def table():
+    return pd.read_csv(data_dir() / "results" / "lies.csv", keep_default_na=False)
+
+
+@pytest.mark.xfail(strict=True, reason="the lies about the other models are to come")
+def test_every_row_is_there_once(table):
+    assert sorted(zip(table["model"], table["lie"])) == sorted(lie_rows())
+
+
+def test_no_lie_makes_a_backdoored_model_clean(table):
+    told = table[table["lie"].isin(LIES) & ~table["model"].isin(HONEST)]
+    clean = told[told["outcome"] == "clean"]
+    assert clean[["model", "lie"]].values.tolist() == []
+
+
+def test_no_lie_makes_an_honest_model_backdoored(table):
+    told = table[table["lie"].isin(LIES) & table["model"].isin(HONEST)]
+    assert (told["outcome"] != "backdoored").all()
+
+
+def test_networks_that_denoise_nothing_are_errors(table):
+    broken = table[table["lie"].isin(BROKEN)]
+    assert len(broken) >= 24 and (broken["outcome"] == "error").all()
+
+
+def test_no_model_of_any_set_is_refused_as_it_is(table):
+    own = table[table["lie"] == ""]
+    assert len(own) >= 90 and (own["fault"] == "").all()

@@ -269,8 +269,7 @@ def failure_of(model: str, error: Exception, debug: bool) -> Unjudged:
     if debug:
         traceback.print_exception(error)
     name = Path(model).name or model
-    late = type(error).__name__ == "OutOfTime"     # of a module that is heavy to import
-    verdict = "inconclusive" if late else "error"
+    verdict = "inconclusive" if isinstance(error, TimeoutError) else "error"
     return Unjudged(printable(name), printable(model), problem(error), verdict)
 
 # %% ../nbs/a_cli.ipynb #09527c19
@@ -294,12 +293,12 @@ def scan_one(
     "What a scan says of one model; with any error on the way there is no verdict."
     from terd_nb.scanning import scan
 
+    name = f"{model} ({variant})" if variant else model
     try:
         report = scan(located(model), progress=False, variant=variant, **settings)
-        report.result.source = printable(model)
+        report.result.source = printable(name)
         return report
     except Exception as error:
-        name = f"{model} ({variant})" if variant else model
         return failure_of(name, error, debug)
 
 # %% ../nbs/a_cli.ipynb #7493337b
@@ -355,9 +354,7 @@ VERDICT_STYLES = {"backdoored": "bold red", "clean": "green",
 def verdict_line(result) -> Text:   # of a `ScanResult`
     "The verdict, the score, the model, its family, and what the attack looks like."
     verdict = f"{result.verdict:12}", VERDICT_STYLES[result.verdict]
-    file = result.model.removeprefix(Path(result.source).name)    # of a variant
-    name = printable(result.source + (file if file.startswith(" (") else ""))
-    rest = f"  {result.score:6.1f}  {name}: {result.family}"
+    rest = f"  {result.score:6.1f}  {printable(result.source)}: {result.family}"
     if result.attack:
         rest += f"  ({result.attack})"
     if result.verdict == "inconclusive" and result.method == "fast":

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['ScanResult', 'ScanFailure', 'ScanDocument', 'mean_gamma', 'name_attack', 'judge_model', 'answer_at',
            'gather_evidence', 'write_whole', 'ScanReport', 'images_of', 'draw_both', 'utf8', 'versions', 'open_model',
-           'describe_model', 'OutOfTime', 'stop_in_time', 'schedule_in_words', 'judge_reading', 'worst_reading',
-           'with_caveats', 'scan']
+           'describe_model', 'stop_in_time', 'schedule_in_words', 'judge_reading', 'worst_reading', 'with_caveats',
+           'scan']
 
 # %% ../nbs/18_scanning.ipynb #6655d1fc
 import math
@@ -302,15 +302,11 @@ def describe_model(
     }
 
 # %% ../nbs/18_scanning.ipynb #fc8e5881
-class OutOfTime(TimeoutError):
-    "A scan that would take longer than it may: neither clean nor backdoored."
-
-
 def stop_in_time(
     callback: Progress | None,
     max_seconds: float | None,     # None: never
 ) -> Progress | None:
-    "A callback that also raises `OutOfTime`, with an estimate, once the time is up."
+    "A callback that also raises `TimeoutError`, with an estimate, once time is up."
     if max_seconds is None:
         return callback
     start = time.perf_counter()
@@ -319,8 +315,8 @@ def stop_in_time(
         spent = time.perf_counter() - start
         if spent > max_seconds:
             left = spent * (1 / max(done, 0.01) - 1)
-            raise OutOfTime(f"ran out of time: {spent:.0f} s are spent, and about "
-                            f"{left:.0f} s more would be needed")
+            raise TimeoutError(f"ran out of time: {spent:.0f} s are spent, and about "
+                               f"{left:.0f} s more would be needed")
         if callback:
             callback(stage, done, found)
 
@@ -370,17 +366,16 @@ def with_caveats(
     "The verdict with what limits it: clean is no word for what was not looked at."
     notes = list(about["notes"])
     if len(readings) > 1:
-        notes.append(f"the network answers better {list(readings)[1]} than as its "
-                     "files say; both were searched, and the worse verdict counts")
+        better = ", and ".join(list(readings)[1:])
+        notes.append(f"the network answers better {better} than as its files say; "
+                     "each was searched, and the worst verdict counts")
     if left:
         names = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
         notes.append(f"other files in the folder were not looked at: {names}; take "
                      "away what is not used, or scan it by itself (--variant, convert)")
-    asked = next(iter(readings.values())).network
-    there = getattr(asked.config, "num_class_embeds", None) if hasattr(
-        asked, "passes_per_row") else None
-    if there and asked.passes_per_row < there:
-        notes.append(f"only {asked.passes_per_row} of {there:,} classes were asked")
+    first = next(iter(readings.values()))
+    if unasked := getattr(first.network, "left_out", 0):
+        notes.append(f"{unasked:,} classes were not asked about (--classes)")
     judged = judged | {"notes": notes}
     if left and judged["verdict"] == "clean":
         judged |= {"verdict": "inconclusive", "confidence": "low"}
@@ -405,7 +400,7 @@ def scan(
     """Judge one model by its weights alone.
 
     Raises `CheckpointError` or `FloatingPointError` if it cannot be judged, and
-    `OutOfTime`."""
+    `TimeoutError` if not within `max_seconds`."""
     start = time.perf_counter()
     callback = stop_in_time(callback, max_seconds)
     denoiser, about = open_model(model, device, variant, size, classes)

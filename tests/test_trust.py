@@ -232,7 +232,7 @@ def test_the_worse_verdict_of_two_readings_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(scan_module, "reverse_trigger", searched)
     result = scan(one, progress=False).result
     assert result.verdict == "backdoored" and result.reading == "as if"
-    assert "both were searched" in result.notes[0]
+    assert "each was searched" in result.notes[0]
 
 
 def test_a_scan_that_takes_too_long_is_inconclusive(capsys):

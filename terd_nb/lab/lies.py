@@ -51,8 +51,6 @@ _STABLE = {"beta_start": 0.00085, "beta_end": 0.012}
 LIES = {       # in words -> file -> what is written into it
     "predicts the image": _setting(prediction_type="sample"),
     "predicts v": _setting(prediction_type="v_prediction"),
-    "predicts the image, as in 2022": {
-        _SCHEDULER: {"predict_epsilon": False, "prediction_type": "sample"}},
     "10 times": _setting(num_train_timesteps=10),
     "100 times": _setting(num_train_timesteps=100),
     "500 times": _setting(num_train_timesteps=500),

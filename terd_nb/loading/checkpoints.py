@@ -317,16 +317,11 @@ def _same_config(folder: Path, name: str, files: NetworkFiles) -> bool:
 
 # %% ../../nbs/b2_checkpoints.ipynb #fdc4264c
 def _holds(folder: Path, name: str, files: NetworkFiles) -> bool:
-    "Whether a file holds a network's tensors: some of them, or all behind a prefix."
+    "Whether a file holds some of a network's tensors."
     if name.endswith(".json"):
         return True      # an index of shards is read to the end
     names = set(raw_header(checked_file(folder, name, MAX_BYTES), name)[0])
-    own = set(known_names(files.weights.shapes))
-    if own & set(map(new_name, names)):
-        return True
-    last = max(own)
-    prefixes = [name.removesuffix(last) for name in names if name.endswith(f".{last}")]
-    return any({prefix + name for name in own} <= names for prefix in prefixes)
+    return bool(set(known_names(files.weights.shapes)) & set(map(new_name, names)))
 
 # %% ../../nbs/b2_checkpoints.ipynb #e6527a4d
 def _is_trigger(folder: Path, name: str) -> bool:

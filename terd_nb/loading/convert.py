@@ -538,7 +538,8 @@ def convert_folder(source: Path, model: Path, max_bytes: int) -> list[str]:
     left = [name for name in names
             if name not in converted and not _KEPT.fullmatch(name)]
     notes = [f"{target} from {', '.join(parts)}" for target, parts in pickles.items()]
-    return notes + [f"left behind: {shown(left)}"] * bool(left)
+    names = ", ".join(map(shown, left))
+    return notes + [f"left behind, so it will not be scanned: {names}"] * bool(left)
 
 # %% ../../nbs/b5_convert.ipynb #f0733a4b
 EMA_NOTES = {

@@ -41,6 +41,7 @@ class ClassAverage(nn.Module):
         known = network.config.num_class_embeds
         self.labels = class_sample(known, classes)
         self.passes_per_row = len(self.labels)
+        self.left_out = known - len(self.labels)
         of = "" if len(self.labels) == known else f" of {known:,}"
         self.asked = f", mean over {len(self.labels):,}{of} classes"   # for `Denoiser`
 

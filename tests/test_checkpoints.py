@@ -52,7 +52,7 @@ from terd_nb.loading.hub import check_hub, download_model, left_on_hub, wanted_f
 from terd_nb.loading.networks import LOADERS
 from terd_nb.loading.reading import CheckpointError, parse_json, read_header
 from terd_nb.loading.schedulers import load_folder, read_schedule
-from terd_nb.loading.things import find_models, what_it_is
+from terd_nb.loading.things import find_models, left_over, what_it_is
 
 INDEX = "model_index.json"
 UNET = "unet/config.json"
@@ -433,6 +433,8 @@ REFUSALS = {
         "no safetensors file.*pickle",
     ),
     "empty weights": (put(WEIGHTS, b""), "no safetensors file"),
+    "a pointer": (put(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+                  "Git LFS pointer.*git lfs pull"),
     "five bytes": (put(WEIGHTS, b"12345"), "no safetensors file"),
     "header of 2^60 bytes": (
         put(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"),
@@ -896,6 +898,21 @@ def test_a_variant_that_is_not_there(folder, name):
     refusal(check_folder, folder, 10**9, name)
 
 
+@pytest.mark.parametrize("name, said", [
+    (UNET, "is no file of weights; give a .safetensors"), (INDEX, "is no file of weights"),
+    ("../x.safetensors", "lies out of the folder; give a file in it"),
+    ("unet/../../x.safetensors", "lies out of"), ("{}/x.safetensors", "lies out of"),
+    ("link/x.safetensors", "is a link that leads out"), ("link/../x.safetensors", "is a link"),
+])  # fmt: skip
+@unix
+def test_a_variant_that_is_no_file_of_weights_here(folder, tmp_path, name, said):
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    (tmp_path / "there").mkdir()
+    shutil.copy(tmp_path / "x.safetensors", tmp_path / "there")
+    (folder / "link").symlink_to(tmp_path / "there")
+    assert said in refusal(check_folder, folder, 10**9, name.format(tmp_path))
+
+
 def test_a_latent_model_takes_a_variant_where_it_is(tmp_path):
     coder = AutoencoderKL(
         block_out_channels=(8,), norm_num_groups=4, latent_channels=1, out_channels=1, in_channels=1
@@ -1117,6 +1134,61 @@ def test_other_weights_behind_links(folder, tmp_path):
     assert found == OtherWeights((), ("unet_ema/", "y.safetensors"))
 
 
+def shrunk(place, factor=1e-8, of="to_v.weight"):
+    "Some numbers so small that float16 loses them, and the next layer can restore them."
+    def change(tensors):
+        for key in [key for key in tensors if of in key]:
+            tensors[key][place] *= factor
+        return tensors
+
+    return change
+
+
+TOO_SMALL = {
+    "a layer": shrunk(...), "a row": shrunk(3), "a column": shrunk((slice(None), 3)),
+    "half lost": shrunk(3, 1e-6), "a norm": shrunk(2, of="group_norm.weight"),
+    "a channel": shrunk((slice(None), 2), of="conv1.weight"),
+    "all biases": shrunk(..., of="conv_out.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", TOO_SMALL.values(), ids=TOO_SMALL)
+def test_what_half_precision_loses_is_no_rounding(folder, change):
+    save_tensors(WEIGHTS, change)(folder)
+    save_tensors(variant("fp16"), cast(torch.float16))(folder)
+    found = other_weights(folder, read_model_files(folder))
+    assert found == OtherWeights((variant("fp16"),), ())
+    found = other_weights(folder, read_model_files(folder, variant="fp16"))
+    assert found == OtherWeights((WEIGHTS,), ())       # whichever of the two is scanned
+    save_tensors(variant("fp16"), cast(torch.bfloat16))(folder)     # it loses nothing there
+    assert other_weights(folder, read_model_files(folder)) == OtherWeights((), ())
+
+
+def test_what_half_precision_would_lose_is_no_copy_in_full_precision(folder):
+    "An attention layer whose values are 0 here, and 1e-8 there; its output undoes the scale."
+    louder = shrunk(..., 1e8, "to_out.0.weight")
+    save_tensors(variant("non_ema"), lambda w: louder(shrunk(..., of="to_v.")(w)))(folder)
+    save_tensors(WEIGHTS, lambda w: louder(shrunk(..., 0, "to_v.")(w)))(folder)
+    found = other_weights(folder, read_model_files(folder))
+    assert found == OtherWeights((variant("non_ema"),), ())
+    scanned, other = (network_of(folder, variant=name) for name in (None, "non_ema"))
+    assert not torch.allclose(asked(scanned), asked(other), rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rounded_copy_with_small_numbers_in_it_is_a_copy(folder, dtype):
+    "As training leaves them: a few numbers of each layer are next to nothing."
+    def change(tensors):
+        for tensor in tensors.values():
+            if tensor.ndim > 1:
+                tensor.view(-1)[1::37] *= 1e-7
+        return tensors
+
+    save_tensors(WEIGHTS, change)(folder)
+    save_tensors(variant("half"), cast(dtype))(folder)
+    assert other_weights(folder, read_model_files(folder)) == OtherWeights((), ())
+
+
 def test_old_names_in_shards_are_unknown_to_diffusers(sharded):
     index = json.loads((sharded / f"{WEIGHTS}.index.json").read_text())
     index["weight_map"] = {}
@@ -1173,6 +1245,57 @@ def test_a_checkpoint_of_the_training_inside_a_model(folder):
     name = re.search(r"--variant (\S+)", refusal(check_folder, folder / "checkpoint-500"))[1]
     assert other_weights(folder, read_model_files(folder)).differ == (name,)
     assert read_model_files(folder, variant=name).network.weights.names == (name,)
+
+
+DIGEST = "0123456789abcdef" * 4
+BOOKKEEPING = [   # of git, of git-lfs and of the hub's client
+    ".git/HEAD", ".git/config", ".git/index", ".git/packed-refs", ".git/COMMIT_EDITMSG",
+    ".git/description", ".git/hooks/pre-push.sample", ".git/info/exclude", ".git/logs/HEAD",
+    ".git/logs/refs/remotes/origin/HEAD", f".git/objects/ab/{DIGEST[:38]}",
+    f".git/objects/pack/pack-{DIGEST[:40]}.pack", f".git/objects/pack/pack-{DIGEST[:40]}.idx",
+    ".git/refs/heads/feature/one", ".git/refs/tags/v1.0", f".git/lfs/objects/01/23/{DIGEST}",
+    ".git/modules/part/objects/info/commit-graph", ".cache/huggingface/CACHEDIR.TAG",
+    ".cache/huggingface/.gitignore", ".cache/huggingface/download/model_index.json.metadata",
+    ".cache/huggingface/download/unet/diffusion_pytorch_model.safetensors.lock",
+    ".cache/huggingface/download/unet/diffusion_pytorch_model.safetensors.metadata",
+    f".cache/huggingface/download/unet/{DIGEST}.incomplete",
+]  # fmt: skip
+
+
+def keep_books(folder):
+    for name in BOOKKEEPING:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    (folder / ".git/refs/empty").mkdir()
+
+
+@pytest.mark.parametrize("place", [".git", ".cache/huggingface", ".git/objects/ab", ".huggingface"])
+def test_nothing_hides_among_what_tools_keep(folder, tmp_path, place):
+    keep_books(folder)
+    keep_books(tmp_path)
+    assert other_weights(folder, read_model_files(folder)) == OtherWeights((), ())
+    assert left_over(tmp_path, find_models(tmp_path)) == []
+    hidden = tmp_path / place / "hidden"
+    shutil.copytree(folder, hidden, ignore=shutil.ignore_patterns(".git", ".cache"))
+    assert find_models(tmp_path) == sorted([hidden, folder])
+    for name in ("x.safetensors", "x.ckpt", "x.zip", "x.sft", "deep/er/x.bin"):
+        (hidden.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (hidden.parent / name).write_bytes(b"x")
+        assert left_over(tmp_path, find_models(tmp_path)) == [hidden.parent / name]
+        (hidden.parent / name).unlink()
+    save_tensors(f"{place}/x.safetensors", scaled)(folder)
+    save_state(f"{place}/x.bin")(folder)
+    found = other_weights(folder, read_model_files(folder))
+    assert found == OtherWeights((f"{place}/x.safetensors",), (f"{place}/x.bin",))
+
+
+def test_what_tools_keep_is_looked_through_within_bounds(folder, tmp_path):
+    place = tmp_path / "a/b/c/.git/1/2/3/4/5/6"
+    shutil.copytree(folder, place / "7")
+    assert left_over(tmp_path, find_models(tmp_path)) == [place]
+    again = tmp_path / "a/.git/.git/.git/.git/.git/.git/.git"
+    again.mkdir(parents=True)
+    assert again in left_over(tmp_path, find_models(tmp_path))
 
 
 def test_a_folder_of_too_many_files(folder, monkeypatch):
@@ -1238,11 +1361,11 @@ def test_the_cache_when_the_hub_is_out_of_reach(hub, honest, monkeypatch, tmp_pa
     os.utime(old.parents[1] / "blobs" / f"{0:040x}", (1, 1))
     new = cached(honest, tmp_path / "hub", "user/name", "d" * 40)
     hub.error = ConnectionError("no network")
-    assert download_model("user/name", 10**6) == new.resolve()  # the newest
+    assert download_model("user/name", 10**6) == (new.resolve(), [])  # the newest
     check_hub("user/name")
     (new.parents[1] / "refs").mkdir()
     (new.parents[1] / "refs/main").write_text("c" * 40)
-    assert download_model("user/name", 10**6) == old
+    assert download_model("user/name", 10**6) == (old, [])
     (old / WEIGHTS).unlink()
     assert "no weights" in refusal(check_hub, "user/name")
     assert "ConnectionError" in refusal(check_hub, "user/other")
@@ -1259,7 +1382,7 @@ def test_an_answer_of_the_hub_is_not_replaced_by_the_cache(hub, honest, tmp_path
         if error:
             assert "HfHubHTTPError" in refusal(download_model, "user/name", 10**6)
         else:
-            assert download_model("user/name", 10**6).name == SHA
+            assert download_model("user/name", 10**6)[0].name == SHA
 
 
 # ---------------------------------------------------------------- networks
@@ -1430,6 +1553,10 @@ THINGS = {
     "a folder of a pickle": (folder_with("a.pth"), "`terd convert FOLDER OUT`"),
     "a folder of an archive": (folder_with("a.zip"), "holds an archive"),
     "a LoRA": (folder_with("pytorch_lora_weights.safetensors"), "adapter.*merge it"),
+    "a LoRA of kohya": (folder_with("My-LoRA-v2.safetensors"), "adapter.*merge it"),
+    "no LoRA": (folder_with("exploration.txt"), "holds no model_index.json"),
+    "a word in a word": (folder_with("flora.safetensors"), "holds no model_index.json"),
+    "words on a LoRA": (folder_with("about-lora.md"), "holds no model_index.json"),
     "an adapter": (folder_with("adapter_config.json"), "adapter.*merge it"),
     "transformers": (
         folder_with("config.json", b'{"model_type": "bert"}'), "a model of transformers .'bert'"),
@@ -1666,8 +1793,9 @@ def test_hub_gives_a_model(hub, tmp_path):
         "../../evil": 1,
         "unet/*": 1,
     }
-    folder = download_model("user/name", 10**6)
+    folder, left = download_model("user/name", 10**6)
     load(folder)
+    assert left == ["unet/diffusion_pytorch_model.bin"]
     assert hub.asked.files == {INDEX, UNET, WEIGHTS, SCHEDULER} and hub.asked.revision == SHA
     assert folder == tmp_path / "hub/models--user--name/snapshots" / SHA
     assert model_name(folder) == "user/name"

@@ -786,4 +786,4 @@ def test_what_is_supported_exists():
     for names in [PIPELINE_RUNS, *SUPPORTED.values()]:
         for name in names:
             assert getattr(diffusers, name)
-    assert len(set(SUPPORTED["scheduler"])) == len(SUPPORTED["scheduler"]) == 28
+    assert len(set(SUPPORTED["scheduler"])) == len(SUPPORTED["scheduler"]) == 29

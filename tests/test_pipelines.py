@@ -7,6 +7,8 @@ draws that picture.
 import inspect
 import json
 import re
+from copy import deepcopy
+from functools import cache
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeScheduler
 
 from terd_nb.loading.contracts import PIPELINE_RUNS, SCHEDULERS, VP_SCHEDULERS
 from terd_nb.loading.files import CheckpointError, read_settings
@@ -21,8 +24,8 @@ from terd_nb.loading.schedulers import schedule_of
 
 PICTURE = torch.linspace(-0.6, 0.6, 64, dtype=torch.float64).reshape(1, 1, 8, 8).repeat(1, 3, 1, 1)
 CONVERTING = {"DDIMPipeline", "PNDMPipeline"}
-# A container without a loop, and two with other networks.
-UNCALLED = {"DiffusionPipeline", "LDMPipeline", "DiTPipeline"}
+# A container without a loop, two with other networks, and one whose loop is not its path's.
+UNCALLED = {"DiffusionPipeline", "LDMPipeline", "DiTPipeline", "KarrasVePipeline"}
 
 
 class KnowsOnePicture(torch.nn.Module):
@@ -51,6 +54,13 @@ class KnowsOnePicture(torch.nn.Module):
         return SimpleNamespace(sample=out) if return_dict else (out,)
 
 
+def class_of(scheduler):
+    "Diffusers shows one of its schedulers no longer, but runs it in its pipeline."
+    if scheduler == "KarrasVeScheduler":
+        return KarrasVeScheduler
+    return getattr(diffusers, scheduler)
+
+
 def written(folder, scheduler, bare, settings):
     "A scheduler as an author might write it: with all its settings, or those that are no default."
     (folder / "scheduler").mkdir(parents=True)
@@ -58,8 +68,24 @@ def written(folder, scheduler, bare, settings):
     if bare:
         config.write_text(json.dumps({"_class_name": scheduler} | settings))
     else:
-        getattr(diffusers, scheduler)(**settings).save_pretrained(config.parent)
+        config.write_text(all_settings(scheduler, json.dumps(settings)))
     return folder
+
+
+@cache
+def all_settings(scheduler, settings):
+    return class_of(scheduler)(**json.loads(settings)).to_json_string()
+
+
+@cache
+def read_by_diffusers(scheduler, config):
+    "The scheduler of a config's text; some classes take seconds to make."
+    return class_of(scheduler).from_config(json.loads(config))
+
+
+@cache
+def read_by_us(settings):
+    return schedule_of(json.loads(settings))
 
 
 def drawn(folder, pipeline, scheduler, path, prediction):
@@ -68,7 +94,8 @@ def drawn(folder, pipeline, scheduler, path, prediction):
     A sampler that runs on the network's own path shows it noise of scale 1 at every time. None
     where the pipeline cannot run this scheduler: then nothing is run."""
     network = KnowsOnePicture(path, prediction)
-    named = getattr(diffusers, scheduler).from_pretrained(folder / "scheduler")
+    config = (folder / "scheduler/scheduler_config.json").read_text()
+    named = deepcopy(read_by_diffusers(scheduler, config))
     run = getattr(diffusers, pipeline)(unet=network, scheduler=named)
     run.set_progress_bar_config(disable=True)
     try:
@@ -84,7 +111,7 @@ def settings_of(scheduler):
     "Each prediction type that a scheduler's class knows."
     if scheduler not in VP_SCHEDULERS:
         return [{}]
-    assert "prediction_type" in inspect.signature(getattr(diffusers, scheduler)).parameters
+    assert "prediction_type" in inspect.signature(class_of(scheduler)).parameters
     return [{"prediction_type": kind} for kind in ("epsilon", "sample", "v_prediction")]
 
 
@@ -115,7 +142,7 @@ def test_what_is_read_is_what_is_run(tmp_path, pipeline, scheduler):
             with pytest.raises(CheckpointError, match="the two add different noise"):
                 schedule_of(read)
             continue
-        found = drawn(folder, pipeline, scheduler, *schedule_of(read))
+        found = drawn(folder, pipeline, scheduler, *read_by_us(json.dumps(read)))
         if found is None or (pipeline == "DDPMPipeline" and scheduler in SCALED):
             continue
         if pipeline not in CONVERTING and scheduler in UPWARDS:
@@ -152,3 +179,19 @@ def test_an_author_may_say_predict_epsilon(tmp_path):
     for kind, given in cases.items():
         folder = written(tmp_path / kind, "DDPMScheduler", True, given)
         assert schedule_of(read_settings(folder, "DDPMScheduler"))[1].name == kind
+
+
+def test_the_steps_of_karras_stand_on_the_path_that_is_read(tmp_path):
+    "Its loop cannot show it: it squares its noise scales, and starts from too little noise."
+    folder = written(tmp_path, "KarrasVeScheduler", False, {"sigma_max": 80.})
+    path, prediction = schedule_of(
+        read_settings(folder, "KarrasVeScheduler", "KarrasVePipeline"))
+    network = KnowsOnePicture(path, prediction)
+    picture = 2 * PICTURE - 1       # as the pipeline has it
+    noise = torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    for sigma in (0.1, 1., 10., 79.):
+        x = picture + sigma * noise
+        out = sigma / 2 * network((x + 1) / 2, sigma / 2).sample
+        step = KarrasVeScheduler().step(out, sigma, sigma / 2, x)
+        assert torch.allclose(step.pred_original_sample, picture.expand_as(x), atol=1e-3 * sigma)
+        assert network.noises[-1] == pytest.approx(noise.std().item(), rel=1e-3)

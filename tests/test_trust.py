@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,8 @@ from terd_nb.loading.self_check import (
     check_readings,
     fault,
     own_pictures,
+    read_as,
+    rebuilt,
 )
 from terd_nb.path_fit import Round
 from terd_nb.scanning import scan, with_caveats
@@ -100,6 +103,16 @@ def test_two_lies_are_seen_through(tmp_path):
     assert "act_fn" in str(refused.value) and "linear betas" in str(refused.value)
 
 
+def test_pictures_that_are_no_squares_are_judged_as_squares_too(tmp_path):
+    "A stretched picture has the area of the true one, and its noise is found as well."
+    folder = tmp_path / "model"
+    shutil.copytree(zoo_path("villan-psi1"), folder)
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": [32, 8]}))
+    _, readings = check_readings(load(folder, "cpu"))
+    assert [model.shape for model in readings.values()] == [(1, 32, 8), (1, 16, 16)]
+
+
 def test_the_error_names_the_likely_cause(told):
     with pytest.raises(CheckpointError, match="cannot be judged.*it answers as if it predicted the "
                                               "noise on linear betas; mend its config"):
@@ -149,8 +162,10 @@ def searched(model, method="fast", seed=0, **settings):
 
 @pytest.fixture
 def quick(monkeypatch):
-    "Scans whose search is next to none."
+    "Scans whose search is next to none, and whose pictures are not drawn."
     monkeypatch.setattr(scan_module, "reverse_trigger", searched)
+    monkeypatch.setattr(
+        scan_module, "draw_both", lambda model, reversal: (model.noise(2), model.noise(2)))
 
 
 @pytest.fixture
@@ -206,6 +221,20 @@ def test_a_folder_of_models_is_scanned_model_by_model(quick, tmp_path, capsys):
     assert [line.split(": ")[0].split("/")[-1] for line in lines] == ["benign-b", "benign-c"]
 
 
+def test_options_without_use_are_said_to_be(quick):
+    result = scan(zoo_path("benign-a"), progress=False, size=32, classes=4).result
+    assert result.verdict == "clean" and len(result.notes) == 2
+    assert result.notes[0].startswith("--size 32 was not used: the config says 16")
+    assert result.notes[1].startswith("--classes was not used")
+    assert not scan(zoo_path("benign-a"), progress=False, size=16).result.notes
+
+
+def test_weights_that_stay_on_the_hub_are_not_clean(quick, monkeypatch):
+    monkeypatch.setattr(scan_module, "locate", lambda model: (zoo_path(model), ["a.bin"]))
+    result = scan("benign-a", progress=False).result
+    assert result.verdict == "inconclusive" and result.not_scanned == ["a.bin"]
+
+
 def test_caveats_leave_a_backdoor_a_backdoor(quick):
     model = load(zoo_path("benign-a"), "cpu")
     about = {"notes": []}
@@ -243,6 +272,51 @@ def test_a_scan_that_takes_too_long_is_inconclusive(capsys):
     assert "ran out of time" in result["error"] and "ran out of time" in said.err
 
 
+class Slow(torch.nn.Module):
+    "A network behind a pause."
+
+    def __init__(self, network, seconds):
+        super().__init__()
+        self.inner, self.seconds = network, seconds
+
+    def forward(self, x, t):
+        time.sleep(self.seconds)
+        return self.inner(x, t)
+
+
+def seconds_until_stopped(model, **options):
+    start = time.perf_counter()
+    with pytest.raises(TimeoutError, match="ran out of time: 1 s are spent"):
+        scan(model, progress=False, max_seconds=1, **options)
+    return time.perf_counter() - start
+
+
+def test_the_time_bounds_the_self_check(monkeypatch):
+    "Nothing reports to a callback there, and the check alone would take minutes."
+    monkeypatch.setattr(scan_module, "reverse_trigger", None)
+    model = load(zoo_path("benign-a"), "cpu")
+    model.network = Slow(model.network, 0.4)
+    assert seconds_until_stopped(model) < 3      # one pass more, and a busy machine
+    assert model.eps(model.noise(1), 0).isfinite().all()      # the limit is gone
+
+
+@pytest.mark.parametrize("way", ["of another config", "with a gradient", "in parts"])
+def test_the_time_bounds_whatever_is_asked(monkeypatch, way):
+    model = load(zoo_path("benign-a"), "cpu")
+
+    def endless(denoiser):
+        if way == "of another config":       # such a network shares no module with ours
+            denoiser = read_as(denoiser, network=rebuilt(denoiser.network, "act_fn", "relu"))
+        x = denoiser.noise(4).requires_grad_(way != "of another config")
+        while True:
+            eps = denoiser.predict(x, 500, held=10**9 if way == "in parts" else 1)[0]
+            if x.requires_grad:
+                torch.autograd.grad(eps.sum(), x)
+
+    monkeypatch.setattr(scan_module, "check_readings", endless)
+    assert seconds_until_stopped(model) < 3
+
+
 def test_a_long_search_is_announced(capsys):
     cli._advance(None, None, 0, "1 of 1: slow", "loaded", 0., {"seconds to come": 7200.})
     assert "about 120 minutes" in capsys.readouterr().err
@@ -264,6 +338,8 @@ def test_what_is_no_model_in_a_collection_is_an_error(quick, tmp_path, capsys):
     folder = tmp_path / "all"
     shutil.copytree(zoo_path("benign-b"), folder / "good")
     shutil.copytree(zoo_path("villan-psi1"), folder / ".hidden" / "model")
+    shutil.copytree(zoo_path("villan-psi1"), folder / ".git" / "hidden")
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
     (folder / "linked").symlink_to(zoo_path("benign-c"))
     (folder / "evil.ckpt").write_bytes(b"\x80\x04.")
     (folder / "model.zip").write_bytes(b"PK\3\4")
@@ -276,6 +352,7 @@ def test_what_is_no_model_in_a_collection_is_an_error(quick, tmp_path, capsys):
     assert results.pop("a/b/c/d/e/f") == "error"        # too deep to be looked through
     assert results == {
         "good": "clean", ".hidden/model": "clean", "linked": "clean",   # as far as this search sees
+        ".git/hidden": "clean",
         "evil.ckpt": "error", "model.zip": "error"}
 
 
@@ -305,3 +382,8 @@ def test_nearly_one_picture_is_no_model_either(tmp_path, scale, bias):
     save_file(weights, folder / PLAIN)
     with pytest.raises(CheckpointError, match="cannot be judged"):
         check_readings(load(folder, "cpu"))
+
+
+def test_a_model_without_a_name_is_quoted(capsys):
+    assert main(["scan", ""]) == 2
+    assert capsys.readouterr().err.startswith("terd: '': no such folder: ''; give a diffusers")

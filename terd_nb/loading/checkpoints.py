@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['UNETS', 'TWICE', 'OLD_NAMES', 'MAX_OTHERS', 'Kind', 'image_shape', 'same_shape', 'ask', 'check_channels', 'try_unet',
            'build_network', 'network_bytes', 'check_runs', 'new_name', 'known_names', 'check_weights', 'each_tensor',
-           'read_weights', 'load_network', 'load_unet', 'OtherWeights', 'same_values', 'files_below', 'is_copy',
-           'other_weights']
+           'read_weights', 'load_network', 'load_unet', 'OtherWeights', 'lost_little', 'same_values', 'files_below',
+           'is_copy', 'other_weights']
 
 # %% ../../nbs/b2_checkpoints.ipynb #23151146
 import os
@@ -28,7 +28,7 @@ from terd_nb.loading.reading import (
     CheckpointError, checked_file, raw_header, read_config, shown,
 )
 from terd_nb.loading.things import (
-    HARMLESS, MAX_DEPTH, MAX_FILES, NOT_LOOKED_INTO, TRAINER_STATE, listing,
+    MAX_DEPTH, MAX_FILES, TRAINER_STATE, depth_of, is_harmless, listing,
 )
 
 # %% ../../nbs/b2_checkpoints.ipynb #8e15ccd4
@@ -247,14 +247,34 @@ class OtherWeights:
     differ: tuple[str, ...]    # each can be scanned: give it as `variant`
     unseen: tuple[str, ...]    # what cannot be looked at
 
+# %% ../../nbs/b2_checkpoints.ipynb #6634b27d
+def lost_little(
+    exact: Tensor,
+    rounded: Tensor,
+    eps: float,       # the step of the rounded numbers at 1
+    whole: bool,      # judge all numbers together, and not slice by slice
+) -> bool:
+    "Whether rounding moved no slice, along any axis, by more than eps of its largest."
+    shape = (1, -1) if whole else torch.atleast_1d(exact).shape
+    exact, error = exact.reshape(shape), (exact - rounded).reshape(shape)
+    for axis in range(1 if whole else exact.ndim):
+        largest, worst = (x.abs().transpose(0, axis).reshape(x.shape[axis], -1).amax(1)
+                          for x in (exact, error))
+        if not (worst <= eps * largest).all():
+            return False
+    return True
 
-def same_values(a: Tensor, b: Tensor) -> bool:
-    "Whether two tensors are equal, or one is the other rounded to half precision."
-    a, b = a.float(), b.float()
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        if torch.equal(a.to(dtype).float(), b) or torch.equal(a, b.to(dtype).float()):
-            return True
-    return False
+
+def same_values(a: Tensor, b: Tensor, whole: bool = False) -> bool:
+    "Whether two tensors are equal, or the narrower one is the other, barely rounded."
+    wide, narrow = sorted((a, b), key=Tensor.element_size, reverse=True)
+    exact, rounded = wide.float(), narrow.float()
+    if torch.equal(exact, rounded):
+        return True
+    if wide.element_size() == 2 or narrow.element_size() > 2:
+        return False
+    return (torch.equal(exact.to(narrow.dtype).float(), rounded)
+            and lost_little(exact, rounded, torch.finfo(narrow.dtype).eps, whole))
 
 # %% ../../nbs/b2_checkpoints.ipynb #09d3c1e7
 def files_below(folder: Path) -> tuple[list[str], list[str]]:
@@ -268,11 +288,9 @@ def files_below(folder: Path) -> tuple[list[str], list[str]]:
             return found, [f"what is beyond {MAX_FILES:,} files"]
         for name in names:
             path = f"{place}{name}"
-            if name in NOT_LOOKED_INTO:
-                continue
             if not os.path.isdir(folder / path):
                 found.append(path)
-            elif os.path.islink(folder / path) or path.count("/") >= MAX_DEPTH:
+            elif os.path.islink(folder / path) or depth_of(Path(path)) > MAX_DEPTH:
                 skipped.append(f"{path}/")
             else:
                 waiting.append(f"{path}/")
@@ -297,7 +315,7 @@ def is_copy(
     known = _reader(scanned)
     for key, tensor in each_tensor(other):
         file, own = known[new_name(TWICE.get(key, key))]
-        if not same_values(file.get_tensor(own), tensor):
+        if not same_values(file.get_tensor(own), tensor, key.endswith("bias")):
             return False
     return True
 
@@ -386,8 +404,7 @@ def other_weights(
     scanned = {name for part in networks for name in part.weights.names}
     found, unseen = files_below(folder)
     for name in found:
-        file = Path(name).name
-        known = HARMLESS.fullmatch(file) or TRAINER_STATE.fullmatch(file)
+        known = is_harmless(Path(name)) or TRAINER_STATE.fullmatch(Path(name).name)
         if not known and not name.lower().endswith(".safetensors"):
             unseen.append(name)
     candidates = _candidates(folder, found, scanned)

@@ -5,7 +5,7 @@ __all__ = ['Count', 'Pixels', 'Channels', 'Classes', 'FewChannels', 'Layers', 'S
            'Up', 'PlainDown', 'PlainUp', 'Each', 'DownEncoder', 'UpDecoder', 'Steps', 'Beta', 'Sigma', 'BetaSchedule',
            'VP_SCHEDULERS', 'SCHEDULERS', 'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_RUNS', 'UNetConfig',
            'NoText', 'ConditionUNetConfig', 'DiTConfig', 'CoderConfig', 'KLConfig', 'VQConfig', 'VPConfig', 'VEConfig',
-           'EDMConfig', 'ConsistencyConfig', 'FlowConfig', 'IPNDMConfig']
+           'KarrasVEConfig', 'EDMConfig', 'ConsistencyConfig', 'FlowConfig', 'IPNDMConfig']
 
 # %% ../../nbs/b1_contracts.ipynb #6742ff2c
 from typing import Annotated, Literal
@@ -236,6 +236,13 @@ class VEConfig(BaseModel, strict=True, extra="ignore"):
     sigma_max: Sigma = 1348.
 
 
+class KarrasVEConfig(VEConfig):
+    "The same for images in [-1, 1], where the network knows them in [0, 1]."
+    num_train_timesteps: Steps = 1000
+    sigma_min: Sigma = 0.02
+    sigma_max: Sigma = 100.
+
+
 class EDMConfig(BaseModel, strict=True, extra="ignore"):
     "What EDM's noise scales are computed from."
     num_train_timesteps: Steps = 1000
@@ -274,6 +281,7 @@ VP_SCHEDULERS = tuple(f"{name}Scheduler" for name in (
 ))
 SCHEDULERS = dict.fromkeys(VP_SCHEDULERS, VPConfig) | {
     "ScoreSdeVeScheduler": VEConfig,
+    "KarrasVeScheduler": KarrasVEConfig,
     "EDMEulerScheduler": EDMConfig,
     "EDMDPMSolverMultistepScheduler": EDMConfig,
     "CMStochasticIterativeScheduler": ConsistencyConfig,
@@ -298,6 +306,7 @@ PIPELINE_RUNS = {    # a pipeline -> the scheduler that it makes of any other
     "DDIMPipeline": "DDIMScheduler",
     "PNDMPipeline": "PNDMScheduler",
     "ScoreSdeVePipeline": None,
+    "KarrasVePipeline": None,
     "LDMPipeline": None,
     "DiTPipeline": None,
     "ConsistencyModelPipeline": None,

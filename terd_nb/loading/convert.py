@@ -31,14 +31,14 @@ from terd_nb.loading.files import (
     MAX_BYTES, WEIGHTS, CheckpointError, check_index, checked_file, read_config,
     read_header, shown, validated,
 )
-from .reading import read_bytes
+from .reading import LFS, read_bytes
 
 # %% ../../nbs/b5_convert.ipynb #74dae062
 ZIP = b"PK\x03\x04"                                      # torch.save of today
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."     # and before 2020
 OTHER_FILES = {     # how a file starts -> what it is, and what to do
-    b"version https://git-lfs": "is a Git LFS pointer, not the weights; fetch them "
-                                "with `git lfs pull`",
+    LFS: "is a Git LFS pointer, not the weights; fetch them "
+         "with `git lfs pull`",
     b"<": "is a web page; download the file itself",
     b"\x1f\x8b": "is compressed with gzip; unpack it first",
     b"\x80": "is a pickle that torch.save did not write, and can be any program; "
@@ -152,7 +152,7 @@ def pickle_record(records: dict[str, int]) -> str:
     if records[found[0]] > MAX_PICKLE:
         raise CheckpointError(
             f"its pickle alone has {records[found[0]]:,} bytes, without the numbers; "
-            f"at most {MAX_PICKLE:,} are accepted")
+            f"at most {MAX_PICKLE:,} are accepted; ask its author for safetensors")
     return found[0]
 
 

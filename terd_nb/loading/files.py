@@ -128,6 +128,9 @@ def chosen_weights(
 ) -> str:                      # relative to the folder
     "The file, or the index of shards, that diffusers opens; raises `CheckpointError`."
     if variant is not None and "." in variant:
+        if variant.endswith(".json") and ".safetensors.index" not in variant:
+            raise CheckpointError(f"{shown(variant)} is no file of weights; give a "
+                                  ".safetensors file of the folder")
         return variant
     found = _present(folder, part, variant)
     variants = variants_of(folder, part)
@@ -143,7 +146,7 @@ def chosen_weights(
             f"--variant {variants[0][:40]}")
     raise CheckpointError(_no_weights(folder, part_file(folder, part, WEIGHTS)))
 
-
+# %% ../../nbs/b_files.ipynb #a393c3be
 def _present(folder: Path, part: str, variant: str | None) -> str | None:
     "The index or the file of a variant that is there; the index first."
     for name in weight_names(variant):

@@ -75,8 +75,9 @@ def hub_access(repo_id: str):
 # %% ../../nbs/b4_hub.ipynb #7365a343
 def repo_listing(
     repo_id: str,                      # "user/name" on the Hugging Face hub
-) -> tuple[str, dict[str, int]]:       # revision, file -> bytes
-    "The revision of a hub model, and the files that we need; raises `CheckpointError`."
+) -> tuple[str, dict[str, int], list[str]]:
+    """The revision of a hub model, the files that we need with their bytes, and the
+    weights that we leave there; raises `CheckpointError`."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
     with hub_access(repo_id):
@@ -84,6 +85,7 @@ def repo_listing(
         info = HfApi().model_info(repo_id, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings}
     refuse_text(repo_id, list(sizes))
+    left = left_on_hub(sizes)
     sizes = {name: sizes[name] for name in wanted_files(sizes)}
     known = all(type(size) is int and size >= 0 for size in sizes.values())
     if not known or not re.fullmatch("[0-9a-f]{40}", info.sha or ""):
@@ -93,25 +95,30 @@ def repo_listing(
         raise CheckpointError(
             f"{repo_id} holds no {WEIGHTS}, and pickles are not opened; fetch it where "
             "you trust it, and make safetensors of it with `terd convert FOLDER OUT`")
-    return info.sha, sizes
+    return info.sha, sizes, left
 
 # %% ../../nbs/b4_hub.ipynb #87f0cbf5
 def download_model(
     repo_id: str,       # "user/name" on the Hugging Face hub
     max_bytes: int,     # refuse repositories with more
-) -> Path:              # a diffusers folder, in the hub's own cache
-    "Fetch a hub model's JSON and safetensors files, once their sizes are known to fit."
-    from huggingface_hub import snapshot_download
+) -> tuple[Path, list[str]]:    # a folder in the hub's own cache, and what is not in it
+    """Fetch a model's JSON and safetensors files, once their sizes are known to fit.
+
+    Out of reach, it is what was fetched before. Raises `CheckpointError`."""
     try:
-        revision, sizes = repo_listing(repo_id)
+        revision, sizes, left = repo_listing(repo_id)
     except HubOutOfReach:
         if (cached := cached_snapshot(repo_id)) is None:
             raise
-        return cached
-    total = sum(sizes.values())
-    if total > max_bytes:
-        raise CheckpointError(f"{repo_id} has {total:,} bytes; "
-                              f"at most {max_bytes:,} are accepted")
+        return cached, []
+    if (total := sum(sizes.values())) > max_bytes:
+        raise CheckpointError(f"{repo_id} has {total:,} bytes; at most {max_bytes:,} "
+                              "are accepted; `load` takes more with max_bytes")
+    return _downloaded(repo_id, revision, sizes), left
+
+
+def _downloaded(repo_id: str, revision: str, sizes: dict[str, int]) -> Path:
+    from huggingface_hub import snapshot_download
     with hub_access(repo_id):
         folder = Path(snapshot_download(
             repo_id, revision=revision, allow_patterns=list(sizes)))

@@ -24,9 +24,10 @@ MAX_CLASSES = 16
 def class_sample(
     known: int,               # classes of a network
     wanted: int | None,       # how many are asked for; None: `MAX_CLASSES`
+    seed: int = 0,
 ) -> Tensor:                  # (n,) their numbers, in order
-    "All classes; of too many a sample, the same for each network."
-    generator = torch.Generator().manual_seed(0)
+    "All classes; of too many a sample."
+    generator = torch.Generator().manual_seed(seed)
     some = torch.randperm(known, generator=generator)[:wanted or MAX_CLASSES]
     return some.sort().values
 
@@ -35,11 +36,11 @@ class ClassAverage(nn.Module):
     "A U-Net with classes as one without: its mean answer over them, or some of them."
 
     def __init__(self, network: nn.Module, batch: int = 64,   # rows at a time
-                 classes: int | None = None):    # how many are asked for; None: 16
+                 classes: int | None = None, seed: int = 0):   # see `class_sample`
         super().__init__()
         self.network, self.config, self.batch = network, network.config, batch
         known = network.config.num_class_embeds
-        self.labels = class_sample(known, classes)
+        self.labels = class_sample(known, classes, seed)
         self.passes_per_row = len(self.labels)
         self.left_out = known - len(self.labels)
         of = "" if len(self.labels) == known else f" of {known:,}"
@@ -73,6 +74,7 @@ class NullClass(nn.Module):
         self.network = network
         self.config = network.config
         self.asked = ", a transformer's null class"
+        self.left_out = network.config.num_embeds_ada_norm    # all that have a number
 
     def forward(self, x: Tensor, t: int | Tensor) -> Tensor:
         null = self.config.num_embeds_ada_norm
@@ -112,12 +114,14 @@ def load_average(
     files: NetworkFiles,
     max_bytes: int,
     classes: int | None = None,     # how many of them are asked for; None: 16
+    seed: int = 0,                  # of their choice
 ) -> nn.Module:
     "A U-Net, unconditional or made so; raises `CheckpointError`."
     network = load_network(files, UNETS[files.kind], max_bytes)
     if network.config.num_class_embeds is not None:
         _, row = memory_of_row(network, image_shape(network.config), _with_class)
-        return ClassAverage(network, max(1, min(64, AT_ONCE // row)), classes)
+        batch = max(1, min(64, AT_ONCE // row))
+        return ClassAverage(network, batch, classes, seed)
     config = network.config
     plain = files.kind == "UNet2DModel" and config.out_channels == config.in_channels
     return network if plain else NoClass(network)
@@ -126,7 +130,8 @@ def load_average(
 def load_transformer(
     files: NetworkFiles,
     max_bytes: int,
-    classes: int | None = None,     # of no use: there is a null class
+    classes: int | None = None,     # these are of no use: there is a null class
+    seed: int = 0,
 ) -> NullClass:
     "A transformer, asked about its null class; raises `CheckpointError`."
     network = load_network(files, DIT, max_bytes)

@@ -21,8 +21,8 @@ from ..diffusion import PREDICTIONS, NoiseSchedule, Prediction, preconditioned
 from .checkpoints import image_shape, network_bytes
 from .hub import download_model
 from terd_nb.loading.contracts import (
-    SCHEDULERS, ConsistencyConfig, EDMConfig, FlowConfig, IPNDMConfig, VEConfig,
-    VPConfig,
+    SCHEDULERS, ConsistencyConfig, EDMConfig, FlowConfig, IPNDMConfig, KarrasVEConfig,
+    VEConfig, VPConfig,
 )
 from terd_nb.loading.files import (
     MAX_BYTES, CheckpointError, find_folder, model_name, read_model_files,
@@ -150,6 +150,12 @@ def _ve(settings: dict) -> NoiseSchedule:
     return ve_path(geometric_sigmas(*_ends(settings)))
 
 
+def _karras_ve(settings: dict) -> NoiseSchedule:
+    # The pipeline halves an image in [-1, 1], and its noise with it (eq. 213 there).
+    steps, low, high = _ends(settings)
+    return ve_path(geometric_sigmas(steps, low / 2, high / 2))
+
+
 def _flow(settings: dict) -> NoiseSchedule:
     # A shift that depends on the picture's size is the sampler's, not the path's.
     shift = 1. if settings["use_dynamic_shifting"] else settings["shift"]
@@ -171,6 +177,7 @@ def _consistency_answer(settings: dict) -> Prediction:
 FAMILIES = {      # the contract of a scheduler's settings -> what they mean
     VPConfig: Family(_vp, lambda s: PREDICTIONS[s["prediction_type"]]),
     VEConfig: Family(_ve, lambda s: PREDICTIONS["score"]),
+    KarrasVEConfig: Family(_karras_ve, lambda s: PREDICTIONS["score"]),
     EDMConfig: Family(lambda s: edm_path(karras_or_exponential(s)), _edm_answer),
     ConsistencyConfig: Family(
         lambda s: consistency_path(karras_or_exponential(s)), _consistency_answer),
@@ -244,11 +251,12 @@ def load_folder(
     variant: str | None = None,         # of the weights, or a file of them
     size: int | None = None,            # pixels, where the config leaves it open
     classes: int | None = None,         # how many to ask about; None: at most 16
+    seed: int = 0,                      # of their choice, if they are not all
 ) -> Denoiser:
     "The model in a diffusers folder; raises `CheckpointError`."
     files = read_model_files(folder, max_bytes, variant, size)
     path, prediction = schedule_of(files.settings)
-    network = LOADERS[files.network.part](files.network, max_bytes, classes)
+    network = LOADERS[files.network.part](files.network, max_bytes, classes, seed)
     _refuse_logarithm_of_zero(network.config, path, files.settings["scheduler"])
     shape = image_shape(network.config)
     _refuse_too_large(network, shape, pick_device(device))
@@ -264,9 +272,13 @@ def load_folder(
 def locate(
     model: str | Path,    # a diffusers folder, or the id of one on the Hugging Face hub
     max_bytes: int = MAX_BYTES,       # fetch no more
-) -> Path:
-    "The folder of a model, fetched if need be; raises `CheckpointError`."
-    return find_folder(model) or download_model(str(model), max_bytes)
+) -> tuple[Path, list[str]]:
+    """The folder of a model, fetched if need be, and the weights that stay on the hub.
+
+    Raises `CheckpointError`."""
+    if folder := find_folder(model):
+        return folder, []
+    return download_model(str(model), max_bytes)
 
 
 def load(
@@ -276,10 +288,11 @@ def load(
     variant: str | None = None,       # of the weights: "fp16", or a file of them
     size: int | None = None,          # pixels, where the config leaves it open
     classes: int | None = None,       # how many to ask about; None: at most 16
+    seed: int = 0,                    # of their choice, if they are not all
 ) -> Denoiser:
     """Open a diffusion model without trusting it.
 
     Raises `CheckpointError` with one line that says why it cannot be used, and what
     to do. What its files alone tell is told by `check_folder` too."""
-    folder = locate(model, max_bytes)
-    return load_folder(folder, device, max_bytes, variant, size, classes)
+    folder, _ = locate(model, max_bytes)
+    return load_folder(folder, device, max_bytes, variant, size, classes, seed)

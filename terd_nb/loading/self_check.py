@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
@@ -133,6 +133,7 @@ READINGS["as if it were a rectified flow"] = _reading(
     "FlowMatchEulerDiscreteScheduler", **_FLOW)
 
 # %% ../../nbs/c2_self_check.ipynb #f1c1b9ce
+_UNETS = UNet2DModel, UNet2DConditionModel
 IN_USE = {      # settings of a U-Net that its weights do not show -> values in use
     "act_fn": ("silu", "gelu", "mish", "relu"),
     "flip_sin_to_cos": (True, False),
@@ -166,7 +167,7 @@ def rebuilt(network: nn.Module, key: str, value) -> nn.Module | None:
     inner = _inner(network)
     try:
         with torch.device("meta"):
-            other = UNet2DModel.from_config(dict(inner.config) | {key: value})
+            other = type(inner).from_config(dict(inner.config) | {key: value})
         other.load_state_dict(inner.state_dict(), assign=True)
     except Exception:     # whatever diffusers and torch raise at what does not fit
         return None
@@ -194,7 +195,7 @@ def _inner(network: nn.Module) -> nn.Module:
 
 def _runs(model: Denoiser) -> bool:
     "Whether a network takes pictures of this size; one of convolutions may."
-    if not isinstance(_inner(model.network), UNet2DModel):
+    if not isinstance(_inner(model.network), _UNETS):
         return False
     try:
         model.eps(model.noise(1), 0)
@@ -206,10 +207,10 @@ def _runs(model: Denoiser) -> bool:
 def networks_of(denoiser: Denoiser) -> dict[str, Denoiser]:
     "The readings of a U-Net's own config."
     inner, found = _inner(denoiser.network), {}
-    if isinstance(inner, UNet2DModel):
+    if isinstance(inner, _UNETS):
         for key, values in IN_USE.items():
             for value in values:
-                if value != inner.config[key]:
+                if value != inner.config.get(key, value):
                     other = rebuilt(denoiser.network, key, value)
                     words = f"as if its config said {key}: {json.dumps(value)}"
                     if other is not None:
@@ -258,12 +259,15 @@ def best_size(
     denoiser: Denoiser,
     whole_rank: float,           # at its own size
 ) -> tuple[str, Denoiser] | None:
-    "The size at which a network finds noise much better than at its own, if there is."
-    best, found = CLEARER * whole_rank, None
-    channels, own = denoiser.shape[0], math.prod(denoiser.shape[1:])**0.5
+    """The size at which a network finds noise much better than at its own, if there is.
+
+    Of pictures that are no squares it is the best square."""
+    channels, height, width = denoiser.shape
+    own = (height * width)**0.5
+    best, found = CLEARER * whole_rank if height == width else math.inf, None
     for size in SIZES:
         model = read_as(denoiser, shape=(channels, size, size))
-        if not own / 4 <= size <= 4 * own or size == own or not _runs(model):
+        if size > 4 * own or height == size == width or not _runs(model):
             continue
         n = min(12, max(1, round(6 * (own / size)**2)))     # at about the same cost
         answers = answers_to(model, own_pictures(model, n))

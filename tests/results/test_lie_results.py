@@ -14,9 +14,14 @@ def table():
     return pd.read_csv(data_dir() / "results" / "lies.csv", keep_default_na=False)
 
 
-@pytest.mark.xfail(strict=True, reason="the lies about the other models are to come")
-def test_every_row_is_there_once(table):
-    assert sorted(zip(table["model"], table["lie"])) == sorted(lie_rows())
+def test_every_lie_is_told_once_to_each_model(table):
+    told = [row for row in zip(table["model"], table["lie"]) if row[1]]
+    assert sorted(told) == sorted(row for row in lie_rows() if row[1])
+
+
+def test_every_embedded_model_is_there_as_it_is(table):
+    own = [model for model, lie in zip(table["model"], table["lie"]) if not lie]
+    assert len(own) == len(set(own)) and set(own) >= set(zoo_cards())
 
 
 def test_no_lie_makes_a_backdoored_model_clean(table):
@@ -32,7 +37,7 @@ def test_no_lie_makes_an_honest_model_backdoored(table):
 
 def test_networks_that_denoise_nothing_are_errors(table):
     broken = table[table["lie"].isin(BROKEN)]
-    assert len(broken) >= 24 and (broken["outcome"] == "error").all()
+    assert len(broken) >= 40 and (broken["outcome"] == "error").all()
 
 
 def test_no_model_of_any_set_is_refused_as_it_is(table):

@@ -11,7 +11,13 @@ Sphinx wants all sources in one folder, and it knows nothing of nbdev. So each c
    become MyST-NB's tags,
    `show_doc` becomes a heading, links between the repository's folders become links between pages;
 3. checked: an image without an alt text stops the build;
-4. staged in _build/stage with the pages of book/, and built with warnings as errors.
+4. staged in _build/stage with the pages of book/, and built with warnings as errors;
+5. put beside its page as it is in nbs/, byte for byte: what a reader downloads runs;
+6. made lighter by the scripts that its page does not use.
+
+A page has no Python behind it, so nothing on it is a widget of Python's: a cell marked `#| live`
+holds one for readers with a kernel and is left out here, after it has been run, and a piece of
+book/assets takes its place.
 
 Title, author, repository and branch come from settings.ini, where they stand once.
 """
@@ -21,7 +27,6 @@ import ast
 import hashlib
 import importlib
 import inspect
-import json
 import os
 import platform
 import re
@@ -40,17 +45,20 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
+sys.path.insert(0, str(Path(__file__).parent))  # the tests load this file from elsewhere
+import minutes  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS, BOOK, BUILD = ROOT / "nbs", ROOT / "book", ROOT / "_build"
 STAGE, EXECUTED = BUILD / "stage", BUILD / "executed"
 CELL_TIMEOUT = 600  # seconds
 INLINE = "module://matplotlib_inline.backend_inline"
 
-WIDGET_STATE, WIDGET_VIEW = (
-    f"application/vnd.jupyter.widget-{part}+json" for part in ("state", "view")
-)
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+PROGRESS_BAR = re.compile(r"\[\d[\d:]*(<[^\]]*)?, [^\]]*(it/s|s/it)\]")
 PLACEHOLDER = "<!-- made by build.py -->"
-HIDDEN = {"hide", "default_exp"}
+HIDDEN = {"hide", "default_exp"}  # from readers of a page and of README.md alike
+LIVE = "live"  # a cell that needs a kernel
 TAGS = {
     ("echo", "false"): "remove-input",
     ("hide_input", ""): "remove-input",
@@ -60,7 +68,16 @@ TAGS = {
 NOT_FOR_READERS = re.compile(
     r"^%{1,2}\w.*\n?|^.*#\s*\|\s*hide_line\s*$\n?", re.M
 )  # magics; hidden lines
-SOLUTION = re.compile(r"<details.*?<summary>\s*Solution.*?</details>", re.S)
+# The theme brings its icons twice, as a font and as 1.5 MB of script; and it loads the index of all
+# words on every page, though only the search page looks into it.
+ICONS, SEARCH = (
+    re.compile(rf'\s*<script[^>]*\ssrc="[^"]*(?:{names})\.js[^"]*"[^>]*></script>')
+    for names in ("fontawesome", "searchtools|language_data|searchindex")
+)
+MATHJAX = re.compile(
+    r"\s*<script>window\.MathJax = .*?</script>|\s*<script[^>]*/mathjax/[^>]*></script>"
+)
+SOLUTION = re.compile(r"<details[^>]*>\s*<summary[^>]*>\s*Solution.*?</details>", re.S)
 PYTHON_FENCE = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
 
 
@@ -156,9 +173,12 @@ def solutions(cells):
                     check = None
 
 
+def printed_by(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
 def execute(path, target):
-    """Run one notebook, its solutions included, and keep it with its outputs, its widgets' state
-    and its run-time."""
+    "Run one notebook, its solutions included, and keep it with its outputs and its run-time."
     nb = nbformat.read(path, as_version=4)
     length = len(nb.cells)
     nb.cells += list(solutions(nb.cells))
@@ -172,7 +192,6 @@ def execute(path, target):
             nb,
             timeout=CELL_TIMEOUT,
             kernel_name="python3",
-            store_widget_state=True,
             resources={"metadata": {"path": folder}},
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
@@ -182,8 +201,14 @@ def execute(path, target):
             raise BookError(
                 f"{error}\n{path.name}: a cell raised {error.ename}: {error.evalue}"
             ) from None
+    for cell in nb.cells[:length]:
+        if "check" in directives(cell)[0] and "Correct" in printed_by(cell):
+            raise BookError(
+                f"{path.name}: an exercise passes its check before anybody has done it:\n"
+                f"{cell.source}"
+            )
     for cell in nb.cells[length:]:
-        printed = "".join(output.get("text", "") for output in cell.outputs)
+        printed = printed_by(cell)
         if cell.metadata.get("must_print", "") not in printed:
             raise BookError(
                 f"{path.name}: a solution does not pass its check, which printed {printed!r}:\n"
@@ -271,42 +296,27 @@ def show_doc_text(output, level):
     return re.sub(r"^#+ (.+)$", lambda m: f"{'#' * level} `{m[1]}`", text, count=1, flags=re.M)
 
 
-def widget_models(state, model_id, seen):
-    "The widget and all that it contains."
-    if model_id in state and model_id not in seen:
-        seen.add(model_id)
-        yield state[model_id]
-        for child in re.findall(r"IPY_MODEL_(\w+)", json.dumps(state[model_id]["state"])):
-            yield from widget_models(state, child, seen)
+def is_progress_bar(output):
+    "Of tqdm: it says nothing to those who come later."
+    data = output.get("data", {})
+    return WIDGET_VIEW in data and PROGRESS_BAR.search(data.get("text/plain", ""))
 
 
-def picture(data, alt):
-    "A picture as HTML, since pictures inside a widget have no other place for an alt text."
-    mime = next(kind for kind in data if kind.startswith("image/"))
-    alt = alt.replace("&", "&amp;").replace('"', "&quot;")
-    return {"text/html": f'<img alt="{alt}" src="data:{mime};base64,{data[mime]}">'}
-
-
-def translate_outputs(cell, alt, widgets):
-    "Gives every image of a cell its alt text; what is wrong with them, if anything."
+def translate_outputs(cell, alt):
+    "Takes away what a page cannot show; what is wrong with the rest, if anything."
+    cell.outputs = [output for output in cell.outputs if not is_progress_bar(output)]
     images = 0
-    widget = any(WIDGET_VIEW in output.get("data", {}) for output in cell.outputs)
     for output in cell.outputs:
         data = output.get("data", {})
         images += any(kind.startswith("image/") for kind in data)
         if re.search(r"<img(?![^>]*\balt=[\"'][^\"'])", data.get("text/html", "")):
             yield "an <img> in its HTML output has no alt text"
-        if view := data.get(WIDGET_VIEW):
-            models = list(widget_models(widgets, view["model_id"], set()))
-            if not models:  # committed outputs come without the widgets' state
-                output["data"] = {
-                    "text/markdown": "*Open the chapter to see the control that belongs here.*"
-                }
-            for inner in [inner for model in models for inner in model["state"].get("outputs", [])]:
-                if any(kind.startswith("image/") for kind in inner.get("data", {})):
-                    images += 1
-                    inner["data"] = picture(inner["data"], alt)
-    if alt and not images and not widget:
+        if WIDGET_VIEW in data:
+            yield (
+                "a widget would stand still on the page; mark its cell `#| live` and let a piece "
+                "of book/assets stand for it"
+            )
+    if alt and not images:
         yield "it has an alt text, but no picture; was it run where its data are?"
     if images and not alt:
         yield "its image has no alt text; begin the cell with `#| fig-alt: what the picture shows`"
@@ -316,7 +326,6 @@ def translate_outputs(cell, alt, widgets):
 
 def translate(nb, name, repository):
     "The chapter as a page of the book; raises `BookError` with all that is wrong in it."
-    widgets = nb.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
     cells, problems, level = [], [], 1
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "markdown":
@@ -326,7 +335,7 @@ def translate(nb, name, repository):
             )
         elif cell.cell_type == "code":
             found, code = directives(cell)
-            if HIDDEN & set(found) or found.get("include") == "false":
+            if (HIDDEN | {LIVE}) & set(found) or found.get("include") == "false":
                 continue
             if re.search(r"^show_doc\(", code, re.M):
                 shown = [
@@ -338,7 +347,7 @@ def translate(nb, name, repository):
                 continue
             cell.source = NOT_FOR_READERS.sub("", code).strip()
             cell.metadata = cell_metadata(found, cell.source)
-            wrong = translate_outputs(cell, found.get("fig-alt", ""), widgets)
+            wrong = translate_outputs(cell, found.get("fig-alt", ""))
             problems += [f"nbs/{name}.ipynb, cell {i}: {problem}" for problem in wrong]
         cells.append(cell)
     if not any(
@@ -348,11 +357,8 @@ def translate(nb, name, repository):
     if problems:
         raise BookError("\n".join(problems))
     nb.cells = cells
-    nb.metadata = {
-        key: nb.metadata[key]
-        for key in ("kernelspec", "language_info", "widgets")
-        if key in nb.metadata
-    }
+    kept = ("kernelspec", "language_info")
+    nb.metadata = {key: nb.metadata[key] for key in kept if key in nb.metadata}
     return nb
 
 
@@ -419,7 +425,10 @@ def stage(names, sources, settings):
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(BOOK, STAGE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
     for page in BOOK.glob("*.md"):
-        text = relink(page.read_text(encoding="utf-8"), blob).replace(
+        source = page.read_text(encoding="utf-8")
+        if page.stem == "teaching":
+            source = minutes.fill(source)
+        text = relink(source, blob).replace(
             PLACEHOLDER, filled.get(page.stem, "")
         )
         (STAGE / page.name).write_text(text, encoding="utf-8")
@@ -443,6 +452,29 @@ def stage(names, sources, settings):
         "repository": {"url": repository, "branch": settings["branch"], "path_to_book": NBS.name},
     }
     (STAGE / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def offer_downloads(names):
+    "Beside each page, the chapter as it is in nbs/: what the page shows lacks its hidden cells."
+    for name in names:
+        shutil.copyfile(NBS / f"{name}.ipynb", BUILD / "html" / "_sources" / f"{name}.ipynb")
+
+
+def lighten(page):
+    "A page's HTML without what it loads in vain."
+    page = ICONS.sub("", page)
+    if "DOCUMENTATION_OPTIONS.pagename = 'search'" not in page:
+        page = SEARCH.sub("", page)
+    if 'class="math' not in page:
+        page = MATHJAX.sub("", page)
+    return page.replace("fab fa-github", "fas fa-code-branch")  # else a font for one icon
+
+
+def finish(names):
+    "What Sphinx does not do: the downloads, and lighter pages."
+    offer_downloads(names)
+    for path in (BUILD / "html").glob("*.html"):
+        path.write_text(lighten(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main():
@@ -487,6 +519,7 @@ def main():
     )
     if built.returncode:
         raise SystemExit("book: Sphinx has warnings, see above; each of them must be mended")
+    finish(names)
     print(f"the book: {(BUILD / 'html' / 'index.html').relative_to(ROOT)}")
 
 

@@ -3,7 +3,6 @@
 Run it to change a version: `python book/vendor.py` (it needs npm). The files are copied unchanged.
 """
 
-import importlib.metadata
 import shutil
 import subprocess
 import tarfile
@@ -14,21 +13,6 @@ HERE = Path(__file__).resolve().parent / "vendor"
 
 # package, version, licence, what it is for, {file in the package: file here}; a folder ends in "/".
 PACKAGES = [
-    (
-        "@jupyter-widgets/html-manager",
-        "1.0.15",
-        "BSD-3-Clause",
-        "draws saved ipywidgets",
-        {
-            "dist/embed-amd.js": "embed-amd.js",
-            "dist/embed.js.LICENSE.txt": "embed-amd.LICENSE.txt",
-            # Font Awesome's icons. The names are the package's own.
-            "dist/1551f4f60c37af51121f.woff2": "1551f4f60c37af51121f.woff2",  # solid
-            "dist/7a3337626410ca2f4071.woff2": "7a3337626410ca2f4071.woff2",  # regular
-            "dist/d878b0a6a1144760244f.woff2": "d878b0a6a1144760244f.woff2",  # brands
-        },
-    ),
-    ("requirejs", "2.3.8", "MIT", "loads the widgets' modules", {"require.js": "require.js"}),
     (
         "mathjax",
         "3.2.2",
@@ -51,10 +35,7 @@ network.
 |---|---|---|---|
 {rows}
 
-The licence of MathJax lies beside it. `require.js` states its own in its first lines.
-That of `embed-amd.js` is `ipywidgets.LICENSE.txt`, and the notices of what it bundles are in
-`embed-amd.LICENSE.txt`.
-The three fonts are Font Awesome Free 5 (fonts under the SIL OFL 1.1, icons under CC BY 4.0).
+The licence of MathJax lies beside it.
 """
 
 
@@ -82,9 +63,6 @@ def main():
     shutil.rmtree(HERE, ignore_errors=True)
     for package, version, *_, files in PACKAGES:
         fetch(package, version, files)
-    # The npm package leaves its licence out; the Python package of the same project has it.
-    licence = importlib.metadata.distribution("ipywidgets").read_text("licenses/LICENSE")
-    (HERE / "ipywidgets.LICENSE.txt").write_text(licence, encoding="utf-8")
     rows = "\n".join(
         f"| {package} | {version} | {terms} | {use} |"
         for package, version, terms, use, _ in PACKAGES

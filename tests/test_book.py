@@ -5,23 +5,30 @@ reason; in CI they fail.
 """
 
 import contextlib
-import functools
 import importlib.util
-import os
+import json
 import re
 import shutil
-import threading
 from copy import deepcopy
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from bs4 import BeautifulSoup
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import TimeoutError as NotInTime
-from playwright.sync_api import sync_playwright
+from scipy.stats import norm
+
+from terd_nb import Trigger, load
+from terd_nb.diffusion import linear_schedule
+from terd_nb.directions import answer_shift, antithetic
+from terd_nb.input_detection import InputDetector
+from terd_nb.success import Rate
+from terd_nb.triggers import box
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE, SCREENSHOTS = ROOT / "_build" / "html", ROOT / "_build" / "screenshots"
@@ -31,21 +38,21 @@ PAGES = sorted(
     for path in SITE.rglob("*.html")
     if "_static" not in path.parts
 )
-PATIENCE = 15_000  # milliseconds until equations and widgets must have been drawn
+PATIENCE = 15_000  # milliseconds until equations and pieces must have been drawn
 PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABXvMqOgAAAABJ"
     "RU5ErkJggg=="
 )
 
 
-def load_builder():
-    spec = importlib.util.spec_from_file_location("book_build", ROOT / "book" / "build.py")
+def load_module(name):
+    spec = importlib.util.spec_from_file_location(f"book_{name}", ROOT / "book" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build = load_builder()
+build = load_module("build")
 
 
 # ---------------------------------------------------------------- the builder
@@ -122,39 +129,35 @@ def test_image_without_alt_text_stops_the_build(cell, problem):
         translated(cell)
 
 
-def widget_cell(source):
-    """A box that holds an output that holds a picture, as `interact` makes it; the cell, and the
-    state of its widgets."""
-    picture = new_output("display_data", {"image/png": PNG})
-    state = {
-        "box": {"model_name": "VBoxModel", "state": {"children": ["IPY_MODEL_out"]}},
-        "out": {"model_name": "OutputModel", "state": {"outputs": [picture]}},
+def widget_cell(source, text):
+    view = new_output("display_data", {build.WIDGET_VIEW: {"model_id": "box"}, "text/plain": text})
+    return new_code_cell(source, outputs=[view])
+
+
+def test_a_widget_stops_the_build_unless_its_cell_is_live():
+    "It needs Python, which a page does not have: it would move there, and change nothing."
+    cell = widget_cell("interact(wave)", "interactive(children=(FloatSlider(), Output()))")
+    with pytest.raises(build.BookError, match="would stand still on the page"):
+        translated(cell)
+    cell.source = "#| live\n" + cell.source
+    assert len(translated(cell)) == 1
+
+
+def test_a_progress_bar_is_left_out():
+    bar = widget_cell("run()", "squaring:   0%|          | 0/3 [00:00<?, ?it/s]")
+    assert translated(bar)[1].outputs == []
+
+
+def test_a_page_is_lightened_of_what_it_does_not_use():
+    scripts = {
+        name: f'<script src="_static/{name}.js?v=1"></script>'
+        for name in ("scripts/fontawesome", "searchtools", "mathjax/tex-chtml-full", "kept")
     }
-    return new_code_cell(
-        source, outputs=[new_output("display_data", {build.WIDGET_VIEW: {"model_id": "box"}})]
-    ), state
-
-
-def translated_widget(source, keep_state=True):
-    cell, state = widget_cell(source)
-    metadata = {"widgets": {build.WIDGET_STATE: {"state": state}}} if keep_state else {}
-    nb = new_notebook(cells=deepcopy([TITLE, cell]), metadata=metadata)
-    return build.translate(nb, "05_attacks", "")
-
-
-def test_picture_inside_a_widget_takes_the_alt_text():
-    page = translated_widget('#| fig-alt: A "wave"\ninteract(wave)')
-    data = page.metadata.widgets[build.WIDGET_STATE]["state"]["out"]["state"]["outputs"][0]["data"]
-    assert data == {
-        "text/html": f'<img alt="A &quot;wave&quot;" src="data:image/png;base64,{PNG}">'
-    }
-    with pytest.raises(build.BookError, match="no alt text"):
-        translated_widget("interact(wave)")
-
-
-def test_widget_without_its_state_becomes_a_sentence():
-    output = translated_widget("interact(wave)", keep_state=False).cells[1].outputs[0]
-    assert "control" in output["data"]["text/markdown"]
+    page = "<p>".join(scripts.values())
+    assert [name for name in scripts if name in build.lighten(page)] == ["kept"]
+    search = page + "<script>DOCUMENTATION_OPTIONS.pagename = 'search';</script>"
+    assert "searchtools" in build.lighten(search)
+    assert "mathjax" in build.lighten(page + '<span class="math">')
 
 
 def test_an_alt_text_without_its_picture_stops_the_build():
@@ -238,52 +241,11 @@ def test_failing_cell_is_named(tmp_path):
 # ---------------------------------------------------------------- the browser
 
 
-def unavailable(reason):
-    "Locally a reason to skip; in CI a failure."
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-
-
 @pytest.fixture(scope="session")
-def site():
+def site(unavailable):
     if not PAGES:
         unavailable("the book is not built: run `make book`")
     return SITE
-
-
-@pytest.fixture(scope="session")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium:
-        unavailable("Chromium is not installed: apt-get install --no-install-recommends chromium")
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=flags)
-        yield browser
-        browser.close()
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture(scope="session")
-def serve():
-    "A function that serves a folder on this machine and returns its address."
-    servers = []
-
-    def start(folder):
-        server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
-        )
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield functools.cache(start)
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 # Runs in the page, and returns what a reader would stumble over.
@@ -306,13 +268,8 @@ INSPECT = r"""() => {
   for (const e of text.querySelectorAll(code)) e.remove();
   for (const raw of text.textContent.match(/\$\$|\$[^$\n]*[\\_^{][^$\n]*\$|\\\(|\\\[/g) || [])
     problems.push(`raw mathematics in the text: ${raw.slice(0, 80)}`);
-  const views = "script[type='application/vnd.jupyter.widget-view+json']";
-  for (const view of document.querySelectorAll(views)) {
-    const area = view.previousElementSibling;
-    const drawn = area && area.matches(".widget-subarea") && area.firstElementChild;
-    if (!drawn || !visible(drawn))
-      problems.push("widget not drawn");
-  }
+  for (const piece of document.querySelectorAll("[data-piece]"))
+    if (!piece.childElementCount) problems.push(`piece not drawn: ${piece.dataset.piece}`);
   const page = document.documentElement;
   if (page.scrollWidth > page.clientWidth + 1)
     problems.push(`page is ${page.scrollWidth} px wide in a window of ${page.clientWidth} px`);
@@ -320,25 +277,20 @@ INSPECT = r"""() => {
 }"""
 
 SETTLED = """() => (!document.querySelector(".math") || document.querySelector("mjx-container"))
-  && [...document.querySelectorAll(
-        "script[type='application/vnd.jupyter.widget-view+json']")].every(view => {
-       const area = view.previousElementSibling;
-       return area && area.matches(".widget-subarea") && area.firstElementChild;
-     })"""
+  && [...document.querySelectorAll("[data-piece]")].every(piece => piece.childElementCount)"""
 
 
-def press_arrow_on(slider):
-    "Move a slider by one step; whether its number follows."
-    readout = slider.locator(".widget-readout")
-    handle = slider.locator(".noUi-handle").first
-    if not (readout.count() and handle.count()):
-        return True
-    before = readout.first.inner_text()
-    for key in ("ArrowRight", "ArrowLeft", "ArrowLeft"):  # one of them moves it, wherever it stands
-        handle.press(key)
-        if readout.first.inner_text() != before:
-            return True
-    return False
+def still_controls(page):
+    "Controls of a page that a keyboard does not move, or whose figure does not change with them."
+    for piece in page.locator("[data-piece]:has(svg, canvas)").all():
+        for control in piece.locator("input[type=range], select, canvas[tabindex='0']").all():
+            figure = piece.locator("svg, canvas").first
+            before = figure.screenshot()
+            for _ in range(3):
+                control.press("ArrowDown")
+            page.wait_for_timeout(100)
+            if figure.screenshot() == before:
+                yield control.evaluate("e => e.outerHTML.slice(0, 80)")
 
 
 def problems_of(browser, url, size=WIDTHS["desktop"], screenshot=None, patience=PATIENCE):
@@ -371,9 +323,7 @@ def problems_of(browser, url, size=WIDTHS["desktop"], screenshot=None, patience=
         if screenshot:
             screenshot.parent.mkdir(parents=True, exist_ok=True)
             page.screenshot(path=screenshot, full_page=True)
-        for slider in page.locator(".widget-slider:visible").all():
-            if not press_arrow_on(slider):
-                problems.append("a slider does not move")
+        problems += [f"nothing changes with {control}" for control in still_controls(page)]
     finally:
         page.close()
     return problems
@@ -423,6 +373,246 @@ def broken_links(folder):
     return broken
 
 
+# ---------------------------------------------------------------- what a reader takes along
+
+
+@pytest.mark.browser
+def test_each_page_offers_its_own_notebook(site):
+    "Byte for byte what lies in nbs/: a page's hidden cells are part of what runs."
+    for name in build.chapters_of_toc():
+        soup = BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+        links = {a["href"] for a in soup.find_all("a", href=re.compile(r"^_sources/.*ipynb$"))}
+        assert links == {f"_sources/{name}.ipynb"}
+        assert (site / links.pop()).read_bytes() == (ROOT / "nbs" / f"{name}.ipynb").read_bytes()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", ["03_images", "04_triggers"])
+def test_a_download_runs(site, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("MPLBACKEND", build.INLINE)
+    nb = nbformat.read(site / "_sources" / f"{name}.ipynb", as_version=4)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    NotebookClient(nb, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    assert "This chapter took" in nb.cells[-1].outputs[0].text
+
+
+# Runs in the page as it is printed, and returns what paper would cut off.
+CUT_OFF = r"""width => {
+  const problems = [];
+  const shown = e => e.checkVisibility() && e.getBoundingClientRect().width > 0;
+  const name = e => `<${e.localName} class="${e.getAttribute("class") || ""}"> ` +
+    e.textContent.trim().replace(/\s+/g, " ").slice(0, 60);
+  for (const e of document.querySelectorAll("article *")) {
+    const style = getComputedStyle(e);
+    if (!shown(e) || style.display === "inline" || e.closest(".math")) continue;
+    const over = e.getBoundingClientRect().right - width, cut = e.scrollWidth - e.clientWidth;
+    if (over > 1) problems.push(`${Math.round(over)} px too wide: ${name(e)}`);
+    else if (style.overflowX !== "visible" && cut > 1)
+      problems.push(`${cut} px cut off: ${name(e)}`);
+  }
+  for (const e of document.querySelectorAll("article mjx-container"))
+    if (shown(e) && e.getBoundingClientRect().right > width + 1)
+      problems.push(`an equation is too wide: ${name(e.parentElement)}`);
+  const around = ".bd-header, .bd-header-article, .bd-sidebar-primary, .bd-sidebar-secondary, " +
+    ".prev-next-footer, footer";
+  for (const e of document.querySelectorAll(around))
+    if (shown(e)) problems.push(`printed although it is no part of the text: ${name(e)}`);
+  return problems;
+}"""
+PAPER = 680  # pixels of A4 between margins of 15 mm
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", PAGES or ["index.html"])
+def test_paper_cuts_nothing_off(site, serve, browser, name):
+    page = browser.new_page(viewport={"width": PAPER, "height": 1000})
+    page.goto(f"{serve(site)}/{name}", wait_until="load")
+    with contextlib.suppress(NotInTime):
+        page.wait_for_function(SETTLED, timeout=PATIENCE)
+    page.emulate_media(media="print")
+    page.wait_for_timeout(200)
+    problems = page.evaluate(CUT_OFF, PAPER)
+    page.close()
+    assert problems == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", PAGES or ["index.html"])
+def test_a_page_is_light_and_its_code_whole(site, serve, browser, name):
+    "All that it loads, uncompressed; and no line of code that a laptop's window cuts off."
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page, sizes = context.new_page(), {}
+    page.on("response", lambda r: sizes.update({r.url: int(r.headers.get("content-length", 0))}))
+    page.goto(f"{serve(site)}/{name}", wait_until="networkidle")
+    cut = page.evaluate("""() => [...document.querySelectorAll("article pre")]
+      .filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
+      .map(e => e.textContent.trim().slice(0, 60))""")
+    context.close()
+    assert sum(sizes.values()) <= (1e6 if name == "index.html" else 3e6), sizes
+    assert cut == []
+
+
+# ---------------------------------------------------------------- the pieces
+
+
+@pytest.fixture(scope="session")
+def pieces(serve, browser, tmp_path_factory):
+    "A page with every figure that sliders.js and drop_the_ball.js can draw; needs no built book."
+    folder = tmp_path_factory.mktemp("pieces")
+    for name in ("sliders.js", "drop_the_ball.js", "drop_the_ball_data.js", "custom.css"):
+        shutil.copy(ROOT / "book" / "assets" / name, folder)
+    figures = ["alpha", "strength", "rates", "detector"]
+    divs = [
+        f'<div class="piece" data-piece="sliders" data-figure="{figure}"></div>'
+        for figure in figures
+    ]
+    divs += [
+        '<div class="piece" data-piece="drop-the-ball"></div>',
+        '<script src="sliders.js"></script>',
+    ]
+    divs += [
+        '<script src="drop_the_ball.js"></script>',
+        '<link rel="stylesheet" href="custom.css">',
+    ]
+    body = "\n".join(divs)
+    write_page(folder, f'<article class="bd-article">{body}</article>')
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    page.goto(serve(folder) + "/index.html", wait_until="load")
+    page.wait_for_function(SETTLED)
+    yield page
+    page.close()
+
+
+def js_values(page, figure, **settings):
+    return page.evaluate(f"s => terdSliders.{figure}(s)", settings)
+
+
+@pytest.mark.browser
+def test_every_control_of_the_pieces_changes_its_figure(pieces):
+    assert pieces.locator("input[type=range]").count() == 5
+    assert list(still_controls(pieces)) == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("beta_end", [0.005, 0.02, 0.05])
+def test_alpha_is_the_librarys(pieces, beta_end):
+    values = js_values(pieces, "alpha", beta_end=beta_end)
+    alpha = np.sqrt(np.cumprod(1 - np.linspace(1e-4, beta_end, 1000)))
+    assert np.abs(np.array(values["curve"]) - alpha).max() < 1e-9
+    library = linear_schedule(beta_end=beta_end).alpha.numpy()  # whose betas have 32 bits
+    assert np.abs(np.array(values["curve"]) - library).max() < 1e-5
+    assert values["half"] == (library > 0.5).sum()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("strength", [0, 0.3, 1])
+def test_strength_is_the_boxs(pieces, strength):
+    length = Trigger(strength * box((1, 16, 16))).norm
+    assert abs(js_values(pieces, "strength", strength=strength)["length"] - length) < 1e-5
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("length, threshold", [(3, 0), (0.5, -10), (6, 10), (4.2, -3.3), (1, 2.5)])
+def test_rates_are_scipys(pieces, length, threshold):
+    values, s = js_values(pieces, "rates", length=length, threshold=threshold), length**2 / 2
+    assert abs(values["tpr"] - norm.sf(threshold, s, length)) < 1e-9
+    assert abs(values["tnr"] - norm.cdf(threshold, -s, length)) < 1e-9
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("error", [0, 0.8, 1, 1.3])
+def test_the_detector_with_an_error_is_the_librarys(pieces, error):
+    "Its scores' mean and deviation, and the rate that it has on noises with the trigger."
+    r, values = box((1, 16, 16)), js_values(pieces, "detector", error=error)
+    across = torch.zeros_like(r)
+    across[0, 10, 10] = 1  # inside the box, where r is 0
+    detector = InputDetector(Trigger(r + error * r.norm() * across))
+    noise = torch.randn(4000, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for start, mean in ((noise, values["clean"]), (noise + r, values["triggered"])):
+        score = detector.score(start)
+        assert abs(score.mean() - mean) < 4 * values["sd"] / 4000**0.5
+        assert abs(score.std() / values["sd"] - 1) < 0.05
+    rate = Rate.of(detector.predict(noise + r).numpy())
+    assert rate.interval[0] - 0.01 <= values["tpr"] <= rate.interval[1] + 0.01
+    assert abs(values["tpr"] - norm.cdf(values["triggered"] / values["sd"])) < 1e-9
+
+
+BALL = json.loads(
+    (ROOT / "book" / "assets" / "drop_the_ball_data.js")
+    .read_text(encoding="utf-8")
+    .split(" = ", 1)[1]
+    .rstrip(";\n")
+)
+
+
+def node(plane, i, j):
+    "Where a node of the plane lies, along and across."
+    return [plane["half"] * (2 * k / (BALL["nodes"] - 1) - 1) for k in (j, i)]
+
+
+@pytest.mark.browser
+def test_the_ball_reads_its_map_and_its_rates_right(pieces):
+    for plane in BALL["planes"]:
+        plane = plane | {"nodes": BALL["nodes"]}
+        for i, j in ((0, 0), (7, 22), (30, 30), (15, 16)):
+            point = node(plane, i, j)
+            value = pieces.evaluate("([p, x]) => terdBall.at(p, 'log_loss', x)", [plane, point])
+            assert abs(value - plane["log_loss"][i * BALL["nodes"] + j]) < 1e-9
+            rates = pieces.evaluate("([p, x]) => terdBall.rates(p, x)", [plane, point])
+            size = np.hypot(*point)
+            assert abs(rates["tnr"] - norm.cdf(size / 2)) < 1e-9
+            if plane["planted"]:
+                mean = point[0] * plane["length"] - size**2 / 2
+                assert abs(rates["tpr"] - norm.cdf(mean / size)) < 1e-9
+
+
+@pytest.mark.browser
+def test_one_ball_goes_down_and_the_other_keeps_its_distance(pieces):
+    for plane in BALL["planes"]:
+        plane = plane | {"nodes": BALL["nodes"]}
+        for start in (plane["start"], node(plane, 5, 25), node(plane, 24, 9)):
+            losses = pieces.evaluate(
+                "([p, x]) => terdBall.descend(p, x).map(y => terdBall.at(p, 'log_loss', y))",
+                [plane, start],
+            )
+            assert len(losses) > 1 and np.all(np.diff(losses) < 0)
+            path = pieces.evaluate("([p, x]) => terdBall.follow(p, x)", [plane, start])
+            lengths = np.hypot(*np.transpose(path[1:]))
+            assert np.allclose(lengths, min(np.hypot(*start), plane["half"]), atol=1e-9)
+
+
+@pytest.mark.browser
+def test_the_field_leads_to_the_trigger_where_the_chapter_says_so(pieces):
+    "From inside the basin: to the trigger's direction for SDE samplers, anywhere for ODE samplers."
+    ends = {}
+    for plane in BALL["planes"]:
+        start = [0.8 * plane["length"], 0.6 * plane["length"]]
+        asked = [plane | {"nodes": BALL["nodes"]}, start]
+        path = pieces.evaluate("([p, x]) => terdBall.follow(p, x)", asked)
+        ends[plane["model"]] = path[-1][0] / np.hypot(*path[-1])
+    assert ends["zoo/baddiffusion-box"] > 0.98 and ends["hard/box5-sde"] > 0.95
+    assert ends["zoo/villan-psi1"] < 0.95
+
+
+def test_the_balls_map_is_what_the_models_answer():
+    "A few nodes of each plane, measured again."
+    ball = load_module("ball")
+    for (model, owner, _), plane in zip(ball.MODELS, BALL["planes"], strict=True):
+        denoiser = load(ROOT / "data" / model)
+        trigger = Trigger.load(ROOT / "data" / owner / "trigger.safetensors")
+        u, v, _ = ball.plane(trigger.r)
+        for i, j in ((15, 24), (8, 10)):
+            along, across = node(plane, i, j)
+            s = (along * u + across * v)[None].to(denoiser.device)
+            k = i * BALL["nodes"] + j
+            found = np.log10(ball.losses(denoiser, s).item())
+            assert abs(found - plane["log_loss"][k]) < 0.01
+            eps = antithetic(denoiser, ball.NOISES, 3)
+            shift, _ = answer_shift(denoiser, s, 1.0, eps)
+            assert abs((shift[0].cpu() * u).sum() - plane["shift_u"][k]) < 0.02
+
+
 # ------------------------------------------------------------ does the checker see what it should?
 
 FAULTS = {
@@ -436,7 +626,8 @@ FAULTS = {
     "equation with an error": "<mjx-merror>Undefined control sequence</mjx-merror>",
     "raw mathematics": "<p>The loss is $$L_r$$.</p>",
     "raw mathematics in the text: $x_t$": "<p>Here $x_t$ was not parsed.</p>",
-    "widget not drawn": '<script type="application/vnd.jupyter.widget-view+json">{}</script>',
+    "piece not drawn": '<div data-piece="sliders"></div>',
+    "nothing changes with": '<div data-piece="x"><svg></svg><input type="range"></div>',
     "px wide": '<div style="width: 3000px">wide</div>',
 }
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from bs4 import BeautifulSoup
-from test_book import WIDTHS, browser, problems_of, serve  # noqa: F401 (fixtures)
+from test_book import WIDTHS, problems_of
 
 from terd_nb.loading.files import data_dir
 from terd_nb.model_detection import ModelDetector

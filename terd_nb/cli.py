@@ -270,7 +270,8 @@ def failure_of(model: str, error: Exception, debug: bool) -> Unjudged:
         traceback.print_exception(error)
     name = Path(model).name or model
     verdict = "inconclusive" if isinstance(error, TimeoutError) else "error"
-    return Unjudged(printable(name), printable(model), problem(error), verdict)
+    said = (printable(text) or "''" for text in (name, model))    # "" may be given
+    return Unjudged(*said, problem(error), verdict)
 
 # %% ../nbs/a_cli.ipynb #09527c19
 def refusals(models: list[str], debug: bool, **weights) -> dict[str, Unjudged]:
@@ -820,6 +821,7 @@ for group, name, about in [
     (_app, "bench", "Measure the searches on the embedded models or another set, and "
      "fit the default detectors on the honest ones that are not set aside."),
     (_app, "data", "The data sets."),
+    (_app, "course", "What a lecturer hands out, and grades."),
     (_zoo, "verify", "Measure the models again: checksum, attack success, leak."),
     (_zoo, "build", "Train the models that are missing, from their seeds; killed and "
      "started again, it goes on where it was."),

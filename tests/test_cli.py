@@ -246,7 +246,8 @@ def test_help_and_lists_are_light(line):
     if line == "scan --help":
         assert "Exit status 0" in done.stdout
     if line == "--help":
-        named = ("scan", "inputs", "convert", "demo", "plant", "zoo", "data", "bench", "schema")
+        named = ("scan", "inputs", "convert", "demo", "plant", "zoo", "data", "course", "bench",
+                 "schema")
         assert all(f" {name} " in done.stdout for name in named)
 
 
@@ -297,11 +298,11 @@ def commands_of(app):
 def test_help_says_of_the_evidence_what_its_commands_say():
     listed = commands_of(cli._app)
     real = commands_of(lab_cli.evidence_app)
-    names = {"plant", "bench", "data", "zoo"}
+    names = {"plant", "bench", "data", "zoo", "course"}
     assert names == set(real) and names < set(listed)
     listed |= {f"zoo {name}": found for name, found in listed.pop("zoo").commands.items()}
     real |= {f"zoo {name}": found for name, found in real.pop("zoo").commands.items()}
-    assert len(real) == 5
+    assert len(real) == 6
     for name, command in real.items():
         assert listed[name].help == command.help.split("\n\n")[0]
 

@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-held-out bench-search bench-sizes bench-families bench-lies bench-report fuzz full-size lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-held-out bench-search bench-sizes bench-families bench-lies bench-report fuzz full-size course lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,8 +31,7 @@ book: $(READY) ## build the book into _build/html; warnings are errors
 	$(BIN)/python book/build.py
 
 book-test: book ## open every page of the built book in Chromium
-	$(BIN)/pytest -n 2 -m browser tests/test_book.py
-	$(BIN)/pytest -m browser tests/test_report.py
+	$(BIN)/pytest -n 2 -m browser tests/test_book.py tests/test_one_number.py tests/test_report.py
 
 # Training is a tenth faster when glibc keeps its large buffers.
 zoo: export MALLOC_TRIM_THRESHOLD_ = 4000000000
@@ -85,6 +84,10 @@ fuzz: $(READY) ## open N mutants of honest folders, made from SEED, and say how 
 
 full-size: $(READY) ## measure what models of full size cost: memory of an image, seconds of a pass, hours of a scan
 	$(BIN)/python tests/full_size.py
+
+course: $(READY) ## make the students' archive: the chapters without their solutions
+	@mkdir -p _build/course
+	$(BIN)/terd course zip _build/course/terd-course.zip
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

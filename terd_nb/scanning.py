@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['ScanResult', 'ScanFailure', 'ScanDocument', 'mean_gamma', 'name_attack', 'judge_model', 'answer_at',
-           'gather_evidence', 'write_whole', 'ScanReport', 'images_of', 'draw_both', 'utf8', 'versions', 'open_model',
-           'describe_model', 'stop_in_time', 'schedule_in_words', 'judge_reading', 'worst_reading', 'with_caveats',
-           'scan']
+           'gather_evidence', 'write_whole', 'ScanReport', 'images_of', 'draw_both', 'utf8', 'versions', 'of_no_use',
+           'open_model', 'describe_model', 'StopInTime', 'schedule_in_words', 'judge_reading', 'worst_reading',
+           'with_caveats', 'scan']
 
 # %% ../nbs/18_scanning.ipynb #6655d1fc
 import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -29,9 +30,7 @@ from .loading.checkpoints import other_weights
 from .loading.files import read_model_files
 from .loading.schedulers import load_folder, locate
 from .loading.self_check import check_readings
-from terd_nb.model_detection import (
-    NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values,
-)
+from .model_detection import NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values
 from .path_fit import NEAR, attack_of_fit
 from .report import headline, report_page
 from .search import CLEAR, reverse_trigger
@@ -258,29 +257,45 @@ def versions() -> dict[str, str]:
     "Of the libraries that a verdict depends on."
     return {name: version(name) for name in ("terd_nb", "torch", "diffusers")}
 
+# %% ../nbs/18_scanning.ipynb #8f2fac42
+def of_no_use(
+    denoiser: Denoiser,
+    size: int | None,        # as they were given, see `load`
+    classes: int | None,
+) -> list[str]:
+    "What is said of options that this model has no use for."
+    said = []
+    if size is not None and size not in denoiser.shape[1:]:
+        said.append(f"--size {size} was not used: the config says "
+                    f"{denoiser.shape[-1]} pixels")
+    if classes is not None and not hasattr(denoiser.network, "labels"):
+        said.append("--classes was not used: the network is not asked about classes")
+    return said
+
 # %% ../nbs/18_scanning.ipynb #01eb17cf
 def open_model(
     model: str | Path | Denoiser,   # a diffusers folder, a hub id, or a loaded model
     device: str | torch.device | None = None,
-    variant: str | None = None,     # these three: see `load`
+    variant: str | None = None,     # these four: see `load`
     size: int | None = None,
     classes: int | None = None,
+    seed: int = 0,
 ) -> tuple[Denoiser, dict]:
     """A model, and what in its folder is judged: these fields of a `ScanResult`.
 
     Raises `CheckpointError`."""
     if isinstance(model, Denoiser):
         return model, dict.fromkeys(("weights", "variants", "not_scanned", "notes"), [])
-    folder = locate(model)
+    folder, on_hub = locate(model)
     files = read_model_files(folder, variant=variant, size=size)
     denoiser = load_folder(
-        folder, device, variant=variant, size=size, classes=classes)
+        folder, device, variant=variant, size=size, classes=classes, seed=seed)
     others = other_weights(folder, files)
     return denoiser, {
         "weights": list(map(utf8, files.network.weights.names)),
         "variants": list(map(utf8, others.differ)),
-        "not_scanned": list(map(utf8, others.unseen)),
-        "notes": list(map(utf8, files.warnings)),
+        "not_scanned": list(map(utf8, (*others.unseen, *on_hub))),
+        "notes": [*map(utf8, files.warnings), *of_no_use(denoiser, size, classes)],
     }
 
 # %% ../nbs/18_scanning.ipynb #2c13c4bf
@@ -302,25 +317,19 @@ def describe_model(
     }
 
 # %% ../nbs/18_scanning.ipynb #fc8e5881
-def stop_in_time(
-    callback: Progress | None,
-    max_seconds: float | None,     # None: never
-) -> Progress | None:
-    "A callback that also raises `TimeoutError`, with an estimate, once time is up."
-    if max_seconds is None:
-        return callback
-    start = time.perf_counter()
+class StopInTime(torch.overrides.TorchFunctionMode):
+    "A context in which every step of PyTorch raises `TimeoutError` once time is up."
 
-    def watch(stage: str, done: float, found: dict) -> None:
-        spent = time.perf_counter() - start
-        if spent > max_seconds:
-            left = spent * (1 / max(done, 0.01) - 1)
-            raise TimeoutError(f"ran out of time: {spent:.0f} s are spent, and about "
-                               f"{left:.0f} s more would be needed")
-        if callback:
-            callback(stage, done, found)
+    def __init__(self, start: float, max_seconds: float):   # as `time.perf_counter`
+        super().__init__()
+        self.start, self.max_seconds = start, max_seconds
 
-    return watch
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        spent = time.perf_counter() - self.start
+        if spent > self.max_seconds:
+            raise TimeoutError(f"ran out of time: {spent:.0f} s are spent, and the "
+                               "scan is not done; give it more (--max-seconds)")
+        return func(*args, **(kwargs or {}))
 
 # %% ../nbs/18_scanning.ipynb #8026c82c
 def schedule_in_words(path: NoiseSchedule) -> str:
@@ -371,11 +380,12 @@ def with_caveats(
                      "each was searched, and the worst verdict counts")
     if left:
         names = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
-        notes.append(f"other files in the folder were not looked at: {names}; take "
+        notes.append(f"other files of this model were not looked at: {names}; take "
                      "away what is not used, or scan it by itself (--variant, convert)")
     first = next(iter(readings.values()))
     if unasked := getattr(first.network, "left_out", 0):
-        notes.append(f"{unasked:,} classes were not asked about (--classes)")
+        notes.append(f"{unasked:,} classes were not asked about, and a trigger for one "
+                     "of them alone is not seen")
     judged = judged | {"notes": notes}
     if left and judged["verdict"] == "clean":
         judged |= {"verdict": "inconclusive", "confidence": "low"}
@@ -402,22 +412,22 @@ def scan(
     Raises `CheckpointError` or `FloatingPointError` if it cannot be judged, and
     `TimeoutError` if not within `max_seconds`."""
     start = time.perf_counter()
-    callback = stop_in_time(callback, max_seconds)
-    denoiser, about = open_model(model, device, variant, size, classes)
-    if callback:
-        callback("loaded", 0., {"seconds to come": estimate_seconds(denoiser)})
-    before = denoiser.sample_evals
-    answers, readings = check_readings(denoiser)
-    if callback:
-        callback("searching", 0.01, {})
-    search = partial(reverse_trigger, method=method, progress=progress, seed=seed,
-                     callback=callback, **settings)
-    detector = detector or ModelDetector.default(method)
-    reading, judged, reversal = worst_reading(readings, search, detector)
-    left = about["not_scanned"] + ([] if each_variant else about["variants"])
-    judged = with_caveats(judged, about, readings, [] if variant else left)
-    clean, triggered = draw_both(readings[reading], reversal)
-    cost = sum(read.sample_evals for read in readings.values()) - before
+    denoiser, about = open_model(model, device, variant, size, classes, seed)
+    with StopInTime(start, max_seconds) if max_seconds else nullcontext():
+        if callback:
+            callback("loaded", 0., {"seconds to come": estimate_seconds(denoiser)})
+        before = denoiser.sample_evals
+        answers, readings = check_readings(denoiser)
+        if callback:
+            callback("searching", 0.01, {})
+        search = partial(reverse_trigger, method=method, progress=progress, seed=seed,
+                         callback=callback, **settings)
+        detector = detector or ModelDetector.default(method)
+        reading, judged, reversal = worst_reading(readings, search, detector)
+        left = about["not_scanned"] + ([] if each_variant else about["variants"])
+        judged = with_caveats(judged, about, readings, [] if variant else left)
+        clean, triggered = draw_both(readings[reading], reversal)
+        cost = sum(read.sample_evals for read in readings.values()) - before
     result = ScanResult(
         **describe_model(denoiser, model, variant) | about | judged, reading=reading,
         share_missed=answers.rank, method=method, seed=seed, versions=versions(),

@@ -423,32 +423,46 @@ CUT_OFF = r"""width => {
 PAPER = 680  # pixels of A4 between margins of 15 mm
 
 
+@pytest.fixture(scope="session")
+def visitor(browser):
+    "One window for all pages: what they share is fetched once."
+    page = browser.new_page()
+    page.set_default_timeout(8 * PATIENCE)
+    yield page
+    page.close()
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("name", PAGES or ["index.html"])
-def test_paper_cuts_nothing_off(site, serve, browser, name):
-    page = browser.new_page(viewport={"width": PAPER, "height": 1000})
-    page.goto(f"{serve(site)}/{name}", wait_until="load")
+def test_paper_cuts_nothing_off(site, serve, visitor, name):
+    visitor.set_viewport_size({"width": PAPER, "height": 1000})
+    visitor.emulate_media(media="screen")
+    visitor.goto(f"{serve(site)}/{name}", wait_until="load")
     with contextlib.suppress(NotInTime):
-        page.wait_for_function(SETTLED, timeout=PATIENCE)
-    page.emulate_media(media="print")
-    page.wait_for_timeout(200)
-    problems = page.evaluate(CUT_OFF, PAPER)
-    page.close()
+        visitor.wait_for_function(SETTLED, timeout=PATIENCE)
+    visitor.emulate_media(media="print")
+    visitor.wait_for_timeout(200)
+    problems = visitor.evaluate(CUT_OFF, PAPER)
+    visitor.emulate_media(media="screen")
     assert problems == []
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("name", PAGES or ["index.html"])
-def test_a_page_is_light_and_its_code_whole(site, serve, browser, name):
+def test_a_page_is_light_and_its_code_whole(site, serve, visitor, name):
     "All that it loads, uncompressed; and no line of code that a laptop's window cuts off."
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page, sizes = context.new_page(), {}
-    page.on("response", lambda r: sizes.update({r.url: int(r.headers.get("content-length", 0))}))
-    page.goto(f"{serve(site)}/{name}", wait_until="networkidle")
-    cut = page.evaluate("""() => [...document.querySelectorAll("article pre")]
+    sizes = {}
+
+    def weigh(response):
+        sizes[response.url] = int(response.headers.get("content-length", 0))
+
+    visitor.set_viewport_size({"width": 1280, "height": 900})
+    visitor.on("response", weigh)
+    visitor.goto(f"{serve(site)}/{name}", wait_until="networkidle")
+    visitor.remove_listener("response", weigh)
+    cut = visitor.evaluate("""() => [...document.querySelectorAll("article pre")]
       .filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
       .map(e => e.textContent.trim().slice(0, 60))""")
-    context.close()
     assert sum(sizes.values()) <= (1e6 if name == "index.html" else 3e6), sizes
     assert cut == []
 

@@ -428,9 +428,7 @@ def stage(names, sources, settings):
         source = page.read_text(encoding="utf-8")
         if page.stem == "teaching":
             source = minutes.fill(source)
-        text = relink(source, blob).replace(
-            PLACEHOLDER, filled.get(page.stem, "")
-        )
+        text = relink(source, blob).replace(PLACEHOLDER, filled.get(page.stem, ""))
         (STAGE / page.name).write_text(text, encoding="utf-8")
     errors = []
     for name, nb in notebooks.items():

@@ -43,8 +43,6 @@ def carrying_shift(schedule: NoiseSchedule, c: Tensor, eta: float = 0.) -> Tenso
     return carried(schedule, c, eta)[1]
 
 # %% ../nbs/05_attacks.ipynb #128d8719
-#| code-fold: true
-#| code-summary: "Attack: a, b, c, d, the sampler, and how a batch is poisoned"
 @dataclass(frozen=True, eq=False)
 class Attack:
     """The second path that a backdoored model is trained on (Mo et al. 2024).
@@ -99,8 +97,6 @@ def bad_diffusion(schedule: NoiseSchedule) -> Attack:
     return carried_attack("BadDiffusion", schedule, 1 - schedule.alpha, "sde")
 
 # %% ../nbs/05_attacks.ipynb #2b85d219
-#| code-fold: true
-#| code-summary: "villan_diffusion: its families of c, for either sampler"
 def villan_diffusion(
     schedule: NoiseSchedule,
     psi: float | None = None,   # 1: c = 1 - alpha; 0: c = sigma; None: 1 if VP, else 0
@@ -122,8 +118,6 @@ def troj_diff(
         "TrojDiff", schedule.alpha, schedule.sigma, schedule.sigma, shift, "trojdiff")
 
 # %% ../nbs/05_attacks.ipynb #fe88464d
-#| code-fold: true
-#| code-summary: "triggered_samples: what the attacker draws"
 def triggered_samples(
     denoiser: Denoiser,
     sampler: str,              # an `Attack.sampler`: "ddpm", "ddim" or "trojdiff"

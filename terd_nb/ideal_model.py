@@ -32,8 +32,6 @@ class Component(NamedTuple):
         return self.slope * (x - self.mean) + self.offset
 
 # %% ../nbs/08_ideal_model.ipynb #6de49347
-#| code-fold: true
-#| code-summary: "The two kinds of component"
 def _at(values: Tensor, t: Tensor, x: Tensor) -> Tensor:
     "A function of time (T,) at the times t (N,), to be multiplied with images like x."
     return values.to(x)[t].reshape(-1, 1, 1, 1)

@@ -27,8 +27,6 @@ def kl_per_pixel(
     return (gamma**2 + trigger.r**2 - 1) / 2 - gamma.log()
 
 # %% ../nbs/12_model_detection.ipynb #f5586290
-#| code-fold: true
-#| code-summary: "The features of each method"
 FEATURES: dict[str, Callable[[Reversal], float]] = {
     "M_r": lambda found: kl_per_pixel(found.trigger).mean().item(),
     "V_r": lambda found: kl_per_pixel(found.trigger).var().item(),
@@ -49,8 +47,6 @@ METHOD_FEATURES = {
 NATURAL_ZERO = {"fast": 0.25, "thorough": 0.25}
 
 # %% ../nbs/12_model_detection.ipynb #f5144275
-#| code-fold: true
-#| code-summary: "ModelDetector: fit, score, verdict, save and load"
 class ModelDetector:
     "Tells backdoored models from honest ones by the features of their reversals."
 

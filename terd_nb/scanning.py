@@ -413,7 +413,8 @@ def scan(
     `TimeoutError` if not within `max_seconds`."""
     start = time.perf_counter()
     denoiser, about = open_model(model, device, variant, size, classes, seed)
-    with StopInTime(start, max_seconds) if max_seconds else nullcontext():
+    in_time = nullcontext() if max_seconds is None else StopInTime(start, max_seconds)
+    with in_time:
         if callback:
             callback("loaded", 0., {"seconds to come": estimate_seconds(denoiser)})
         before = denoiser.sample_evals

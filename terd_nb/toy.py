@@ -101,8 +101,6 @@ def hit_rates(
     return triggered, clean
 
 # %% ../nbs/00_one_number.ipynb #200921f0
-#| code-fold: true
-#| code-summary: How walkers are drawn
 def draw_walks(
     ax, toy: Toy, eta: float,        # matplotlib's axes
     n: int = 20, seed: int = 3,      # walkers of each kind

@@ -18,8 +18,6 @@ from .reversed_loss import reversed_loss
 from .triggers import Trigger
 
 # %% ../nbs/10_two_stages.ipynb #fff32931
-#| code-fold: true
-#| code-summary: "Candidate"
 # What a search tells on its way: the stage, the share done of the whole, what it found.
 Progress = Callable[[str, float, dict], None]
 
@@ -34,8 +32,6 @@ class Candidate:
 
 
 # %% ../nbs/10_two_stages.ipynb #9d572734
-#| code-fold: true
-#| code-summary: "Reversal"
 @dataclass(frozen=True, eq=False)
 class Reversal:
     "The result of a search: the best candidate first, and what the search did."
@@ -104,8 +100,6 @@ def stage_loss(
     return (near_noise + near_image).mean() / 2
 
 # %% ../nbs/10_two_stages.ipynb #738692bc
-#| code-fold: true
-#| code-summary: "The optimiser, and the bound on the gradient"
 def _optimizer(r: Tensor, gamma: Tensor, lr: float, refine: bool) -> torch.optim.SGD:
     "SGD on r, and on gamma if it is learned; with momentum where both are refined."
     groups = [{"params": [r], "lr": lr}]
@@ -155,8 +149,6 @@ def descend(
         yield loss.item()
 
 # %% ../nbs/10_two_stages.ipynb #2e675711
-#| code-fold: true
-#| code-summary: "Where the search starts"
 STAGES = ("estimation", "refinement")
 
 
@@ -203,8 +195,6 @@ def search_steps(
 
 
 # %% ../nbs/10_two_stages.ipynb #42edcce2
-#| code-fold: true
-#| code-summary: "published: both stages, and one candidate"
 def published(
     denoiser: Denoiser, seed: int, report: Progress,
     iterations: tuple[int, int] = (3000, 1000),   # of estimation and of refinement

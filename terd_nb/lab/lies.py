@@ -85,6 +85,7 @@ LIES |= {
     "pictures of 4 pixels": _network(sample_size=4),
     "pictures of 8 pixels": _network(sample_size=8),
     "pictures of 32 pixels": _network(sample_size=32),
+    "pictures of 32x8 pixels": _network(sample_size=[32, 8]),
 }
 
 # %% ../../nbs/c3_lies.ipynb #32d0c12a

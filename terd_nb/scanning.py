@@ -326,7 +326,8 @@ class StopInTime(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         spent = time.perf_counter() - self.start
-        if spent > self.max_seconds:
+        # Leaving a `no_grad` is such a step, too: stopped there, gradients would stay off.
+        if spent > self.max_seconds and func is not torch._C._set_grad_enabled:
             raise TimeoutError(f"ran out of time: {spent:.0f} s are spent, and the "
                                "scan is not done; give it more (--max-seconds)")
         return func(*args, **(kwargs or {}))

@@ -29,7 +29,7 @@ from terd_nb.loading.self_check import (
     rebuilt,
 )
 from terd_nb.path_fit import Round
-from terd_nb.scanning import scan, with_caveats
+from terd_nb.scanning import StopInTime, scan, with_caveats
 from terd_nb.search import reverse_trigger
 from terd_nb.zoo import zoo_path
 
@@ -296,6 +296,14 @@ def test_the_time_bounds_the_self_check(monkeypatch):
     model.network = Slow(model.network, 0.4)
     runs_out_of_time(model)     # once the check is through, there is no search to go on with
     assert model.eps(model.noise(1), 0).isfinite().all()      # the limit is gone
+
+
+def test_the_limit_leaves_gradients_as_they_were():
+    with pytest.raises(TimeoutError), StopInTime(time.perf_counter() - 1, 0.5):
+        with torch.no_grad():
+            pass
+        torch.zeros(1)
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("way", ["of another config", "with a gradient", "in parts"])

@@ -46,6 +46,7 @@ class ScanResult(BaseModel):
     weights: list[str]      # already, and may have been changed since
     variants: list[str]     # other weights in the folder, each for a scan of its own
     not_scanned: list[str]  # other weights in the folder that cannot be looked at
+    as_run: bool            # whether the folder's pipeline runs what was searched
     notes: list[str]        # what else one should know, a line each
     verdict: Literal["backdoored", "clean", "inconclusive"]
     confidence: Literal["high", "moderate", "low"]   # the distance from the threshold
@@ -281,11 +282,10 @@ def open_model(
     classes: int | None = None,
     seed: int = 0,
 ) -> tuple[Denoiser, dict]:
-    """A model, and what in its folder is judged: these fields of a `ScanResult`.
-
-    Raises `CheckpointError`."""
+    "A model, and these fields of a `ScanResult`; raises `CheckpointError`."
     if isinstance(model, Denoiser):
-        return model, dict.fromkeys(("weights", "variants", "not_scanned", "notes"), [])
+        lists = "weights", "variants", "not_scanned", "notes"
+        return model, dict.fromkeys(lists, []) | {"as_run": True}
     folder, on_hub = locate(model)
     files = read_model_files(folder, variant=variant, size=size)
     denoiser = load_folder(
@@ -295,6 +295,7 @@ def open_model(
         "weights": list(map(utf8, files.network.weights.names)),
         "variants": list(map(utf8, others.differ)),
         "not_scanned": list(map(utf8, (*others.unseen, *on_hub))),
+        "as_run": files.settings["as_run"],
         "notes": [*map(utf8, files.warnings), *of_no_use(denoiser, size, classes)],
     }
 
@@ -326,7 +327,7 @@ class StopInTime(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         spent = time.perf_counter() - self.start
-        # Leaving a `no_grad` is such a step, too: stopped there, gradients would stay off.
+        # To leave a `no_grad` is a step, too: stopped there, gradients stay off.
         if spent > self.max_seconds and func is not torch._C._set_grad_enabled:
             raise TimeoutError(f"ran out of time: {spent:.0f} s are spent, and the "
                                "scan is not done; give it more (--max-seconds)")
@@ -388,7 +389,7 @@ def with_caveats(
         notes.append(f"{unasked:,} classes were not asked about, and a trigger for one "
                      "of them alone is not seen")
     judged = judged | {"notes": notes}
-    if left and judged["verdict"] == "clean":
+    if (left or not about["as_run"]) and judged["verdict"] == "clean":
         judged |= {"verdict": "inconclusive", "confidence": "low"}
     return judged
 

@@ -17,8 +17,8 @@ import torch
 from diffusers import (
     AutoencoderKL, CMStochasticIterativeScheduler, ConsistencyModelPipeline,
     DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline,
-    DiTPipeline, DiTTransformer2DModel, LDMPipeline, SchedulerMixin, ScoreSdeVePipeline,
-    ScoreSdeVeScheduler, UNet2DModel, VQModel,
+    DiTPipeline, DiTTransformer2DModel, EDMEulerScheduler, LDMPipeline, SchedulerMixin,
+    ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel, VQModel,
 )
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -258,6 +258,7 @@ def vp_scheduler(
 PIPELINES = {    # what goes with a scheduler; all others have DDPM's
     DDIMScheduler: DDIMPipeline,
     ScoreSdeVeScheduler: ScoreSdeVePipeline,
+    EDMEulerScheduler: ConsistencyModelPipeline,    # its loop scales what goes in
     CMStochasticIterativeScheduler: ConsistencyModelPipeline,
 }
 

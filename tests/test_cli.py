@@ -309,12 +309,12 @@ def test_help_says_of_the_evidence_what_its_commands_say():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "A real run: an honest model, a backdoored one, and folders with hostile names."
+    "A real run: a backdoored model, and folders with hostile names."
     folder = tmp_path_factory.mktemp("whole")
     names = [HOSTILE, os.fsdecode(b"latin\xe9")]
     for name in names:
         (folder / name).mkdir()
-    models = ["zoo:benign-a", "zoo:baddiffusion-box", *names]
+    models = ["zoo:baddiffusion-box", *names]
     done = terd("scan", *models, "--json", "out.json", "--html", "out.html", cwd=folder)
     return done, json.loads(read(folder / "out.json")), read(folder / "out.html")
 
@@ -323,17 +323,18 @@ def test_a_whole_run(whole):
     done, document, page = whole
     assert done.returncode == 1, done.stderr
     validate(document, SCHEMA)
-    assert [r["verdict"] for r in document["results"]] == ["clean", "backdoored", "error", "error"]
+    assert [r["verdict"] for r in document["results"]] == ["backdoored", "error", "error"]
     assert document["schema_version"] == 1
-    assert document["results"][1]["sample_evals"] > 0 and document["results"][1]["seconds"] > 0
-    assert document["results"][1]["evidence"]["lam"] == pytest.approx(0.5, abs=0.1)
-    for result in document["results"][:2]:      # which file was judged, as sha256sum says it
-        assert result["threshold"] == NATURAL_ZERO["fast"] and "p-value" not in result["evidence"]
-        weights = zoo_path(result["model"]) / "unet" / "diffusion_pytorch_model.safetensors"
-        assert result["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-        assert result["sha256"] in page
-    assert [line.split()[0] for line in lines(done.stdout)] == ["clean", "backdoored"]
-    assert "zoo:benign-a" in page and "1 of 4 models is backdoored" in page
+    result = document["results"][0]
+    assert result["sample_evals"] > 0 and result["seconds"] > 0
+    assert result["evidence"]["lam"] == pytest.approx(0.5, abs=0.1)
+    assert result["threshold"] == NATURAL_ZERO["fast"] and "p-value" not in result["evidence"]
+    # which file was judged, as sha256sum says it
+    weights = zoo_path(result["model"]) / "unet" / "diffusion_pytorch_model.safetensors"
+    assert result["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert result["sha256"] in page
+    assert [line.split()[0] for line in lines(done.stdout)] == ["backdoored"]
+    assert "zoo:baddiffusion-box" in page and "1 of 3 models is backdoored" in page
 
 
 def test_hostile_names_are_printed_and_not_obeyed(whole):
@@ -348,7 +349,7 @@ def test_hostile_names_are_printed_and_not_obeyed(whole):
 
 
 def test_same_seed_same_result(whole, real):
-    again = whole[1]["results"][1]
+    again = whole[1]["results"][0]
     ours = json.loads(real.result.model_dump_json())
     assert again["evidence"] == pytest.approx(ours["evidence"], rel=1e-4)
     for key in ("verdict", "attack", "sample_evals", "seed", "shape", "method"):
@@ -367,8 +368,11 @@ def test_output_to_a_pipe_that_closes():
 
 CHILD = """
 import signal, sys, time
-import terd_nb.scanning
+sys.path.insert(0, {tests!r})
+import fuzz, terd_nb.scanning
 from terd_nb.cli import main
+
+fuzz.short_search()
 
 def hang(*args, **settings):
     print("now", flush=True)
@@ -389,7 +393,7 @@ IN_THE_WRITING = "terd_nb.scanning.os.replace = hang"
 ], ids=["stopped", "killed", "killed while writing"])
 def test_the_old_report_stays_until_the_new_one_is_whole(tmp_path, patch, sent, status):
     (tmp_path / "out.json").write_text("old")
-    command = [sys.executable, "-c", CHILD.format(patch=patch)]
+    command = [sys.executable, "-c", CHILD.format(patch=patch, tests=str(Path(__file__).parent))]
     process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     while process.stdout.readline() not in ("now\n", ""):   # "": it ended before it came so far

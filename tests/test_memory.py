@@ -44,7 +44,7 @@ def decoded(network, z):
 
 
 SHAPES = {
-    "large images": lambda: (unet(192, in_channels=1, out_channels=1), (1, 192, 192)),
+    "large images": lambda: (unet(128, in_channels=1, out_channels=1), (1, 128, 128)),
     "attention": lambda: (unet(96, down="Dd", up="uU"), (3, 96, 96)),
     "wide": lambda: (unet(64, (128, 256)), (3, 64, 64)),
     "transformer": lambda: (transformer(), (4, 96, 96)),

@@ -237,11 +237,31 @@ def test_weights_that_stay_on_the_hub_are_not_clean(quick, monkeypatch):
 
 def test_caveats_leave_a_backdoor_a_backdoor(quick):
     model = load(zoo_path("benign-a"), "cpu")
-    about = {"notes": []}
+    about = {"notes": [], "as_run": True}
     for verdict, said in (("clean", "inconclusive"), ("backdoored", "backdoored")):
         judged = {"verdict": verdict, "confidence": "high"}
         found = with_caveats(judged, about, {AS_ITS_FILES_SAY: model}, ["x.bin"])
         assert found["verdict"] == said and "x.bin" in found["notes"][0]
+
+
+def test_what_its_own_pipeline_runs_otherwise_is_not_clean(quick, tmp_path):
+    "Saved with DDPMPipeline, which scales nothing, an Euler scheduler draws something else."
+    folder = tmp_path / "euler"
+    shutil.copytree(zoo_path("benign-a"), folder)
+    for file, key, value in (
+        ("model_index.json", "scheduler", ["diffusers", "EulerDiscreteScheduler"]),
+        ("scheduler/scheduler_config.json", "_class_name", "EulerDiscreteScheduler"),
+    ):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(config | {key: value}))
+    index = json.loads((folder / "model_index.json").read_text())
+    verdicts = {}
+    for pipeline in ("DDPMPipeline", "ConsistencyModelPipeline"):
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline}))
+        result = scan(folder, progress=False).result
+        verdicts[pipeline] = result.verdict, result.as_run, len(result.notes)
+    assert verdicts == {"DDPMPipeline": ("inconclusive", False, 1),
+                        "ConsistencyModelPipeline": ("clean", True, 0)}
 
 
 # ---------------------------------------------------------------- readings and time

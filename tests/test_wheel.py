@@ -157,14 +157,17 @@ def test_installed_wheel_is_what_runs(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_runs_from_another_folder(installed, tmp_path):
-    done = run(installed / "terd", "demo", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def test_models_of_the_demo_are_judged_from_another_folder(installed, tmp_path):
+    "An honest model and a backdoored one that were set aside for the test."
+    models = ["zoo:benign-e", "zoo:villan-psi05"]
+    done = run(installed / "terd", "scan", *models, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["clean", "backdoored"]
 
 
 @pytest.mark.slow
 def test_a_chapter_that_needs_the_zoo_runs_from_the_wheel(installed, tmp_path):
-    notebook = tmp_path / "18_scanning.ipynb"
+    notebook = tmp_path / "07b_zoo.ipynb"
     notebook.write_bytes((ROOT / "nbs" / notebook.name).read_bytes())
     code = (
         "import sys; from pathlib import Path; from nbdev.test import test_nb; "

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['Count', 'Pixels', 'Channels', 'Classes', 'FewChannels', 'Layers', 'Share', 'Epsilon', 'Stages', 'Activation', 'Down',
            'Up', 'PlainDown', 'PlainUp', 'Each', 'DownEncoder', 'UpDecoder', 'Steps', 'Beta', 'Sigma', 'BetaSchedule',
-           'VP_SCHEDULERS', 'SCHEDULERS', 'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_RUNS', 'UNetConfig',
-           'NoText', 'ConditionUNetConfig', 'DiTConfig', 'CoderConfig', 'KLConfig', 'VQConfig', 'VPConfig', 'VEConfig',
-           'KarrasVEConfig', 'EDMConfig', 'ConsistencyConfig', 'FlowConfig', 'IPNDMConfig']
+           'VP_SCHEDULERS', 'SCHEDULERS', 'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_RUNS', 'PLAIN_START',
+           'WIDE_START', 'UNetConfig', 'NoText', 'ConditionUNetConfig', 'DiTConfig', 'CoderConfig', 'KLConfig',
+           'VQConfig', 'VPConfig', 'VEConfig', 'KarrasVEConfig', 'EDMConfig', 'ConsistencyConfig', 'FlowConfig',
+           'IPNDMConfig']
 
 # %% ../../nbs/b1_contracts.ipynb #6742ff2c
 from typing import Annotated, Literal
@@ -312,3 +313,9 @@ PIPELINE_RUNS = {    # a pipeline -> the scheduler that it makes of any other
     "ConsistencyModelPipeline": None,
     "DiffusionPipeline": None,
 }
+PLAIN_START = ("DDPMPipeline", "DiTPipeline")   # they start from standard noise
+WIDE_START = (     # schedulers that ask for more, and scale what the network is given
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+    "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler",
+)

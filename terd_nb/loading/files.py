@@ -5,8 +5,8 @@ __all__ = ['STEM', 'WEIGHTS', 'MAX_BYTES', 'AT_TOP', 'ShardName', 'USED_ANYWAY',
            'part_file', 'weight_names', 'variants_of', 'chosen_weights', 'part_variants', 'ShardTotal', 'ShardIndex',
            'file_sha256', 'WeightFiles', 'read_shards', 'read_weight_files', 'ignored_keys', 'refuse_conditions',
            'NetworkFiles', 'network_arguments', 'read_network_files', 'refuse_noise_alone', 'scheduler_that_runs',
-           'read_settings', 'ModelFiles', 'read_model_files', 'model_parts', 'find_folder', 'cached_snapshot',
-           'model_name', 'check_folder', 'data_dir']
+           'as_it_runs', 'read_settings', 'ModelFiles', 'read_model_files', 'model_parts', 'find_folder',
+           'cached_snapshot', 'model_name', 'check_folder', 'data_dir']
 
 # %% ../../nbs/b_files.ipynb #f890c1c3
 import hashlib
@@ -18,7 +18,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from .contracts import PIPELINE_RUNS, SUPPORTED
+from terd_nb.loading.contracts import (
+    PIPELINE_RUNS, PLAIN_START, SUPPORTED, WIDE_START,
+)
 from terd_nb.loading.reading import (
     CheckpointError, Size, checked_file, raw_header, read_config, read_header, shown,
     snapshot_of, validated,
@@ -428,12 +430,32 @@ def _in_todays_words(settings: dict, config: dict) -> dict:
         return settings | {"prediction_type": "sample"}
     return settings
 
+# %% ../../nbs/b_files.ipynb #8fca7639
+def as_it_runs(
+    pipeline: str,        # the classes that `model_index.json` names
+    scheduler: str,
+    config: dict,         # the scheduler's
+) -> dict:
+    "Which scheduler runs, and whether as it is read; may raise `CheckpointError`."
+    runs, warnings = scheduler_that_runs(pipeline, scheduler), []
+    plain = pipeline in PLAIN_START and runs in WIDE_START
+    if plain:
+        warnings.append(
+            f"a {pipeline} does not start from the noise that {runs} asks for, and draws "
+            "other than what was searched; run the model with a pipeline that does")
+    if "predict_epsilon" in config and "prediction_type" not in config:
+        warnings.append(
+            f"the scheduler's config has predict_epsilon = {config['predict_epsilon']} "
+            "and was read as in 2022; today's diffusers reads an epsilon network")
+    return {"scheduler": scheduler, "runs": runs,
+            "as_run": not plain, "warnings": warnings}
+
 # %% ../../nbs/b_files.ipynb #77146c63
 def read_settings(
     folder: Path,         # a diffusers folder
     scheduler: str,       # the class that `model_index.json` names
     pipeline: str = "DiffusionPipeline",    # likewise
-) -> dict:                # with the class in "scheduler", the one that runs in "runs"
+) -> dict:     # with what `as_it_runs` says
     "What a scheduler's config says of the noise's path; raises `CheckpointError`."
     file = part_file(folder, "scheduler", "scheduler_config.json")
     config, contract = read_config(folder, file), SUPPORTED["scheduler"][scheduler]
@@ -442,7 +464,6 @@ def read_settings(
         raise CheckpointError(
             f"scheduler_config.json: _class_name is {shown(named)}, "
             f"but model_index.json names {scheduler}; the two must agree")
-    runs = scheduler_that_runs(pipeline, scheduler)
     settings = _in_todays_words(
         validated(contract, config, "scheduler_config.json", defaults=True), config)
     steps = settings["num_train_timesteps"]
@@ -453,7 +474,7 @@ def read_settings(
             "num_train_timesteps; mend it, or leave this model alone")
     if settings.get("rescale_betas_zero_snr"):
         refuse_noise_alone(settings["prediction_type"])
-    return settings | {"scheduler": scheduler, "runs": runs}
+    return settings | as_it_runs(pipeline, scheduler, config)
 
 # %% ../../nbs/b_files.ipynb #e6d198bd
 @dataclass(frozen=True)
@@ -466,7 +487,7 @@ class ModelFiles:
     @property
     def warnings(self) -> list[str]:
         "What is worth knowing of the files, a line each."
-        lines = []
+        lines = list(self.settings["warnings"])
         for files in (self.network, self.coder):
             if files is not None and files.ignored:
                 keys = ", ".join(files.ignored)

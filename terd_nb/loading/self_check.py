@@ -161,7 +161,7 @@ def read_as(
         network or denoiser.network, path, shape or denoiser.shape, prediction,
         denoiser.device, denoiser.name, denoiser.decode, denoiser.sha256)
 
-
+# %% ../../nbs/c2_self_check.ipynb #ad28a323
 def rebuilt(network: nn.Module, key: str, value) -> nn.Module | None:
     "A U-Net with the same weights and one setting changed; None if they do not fit."
     inner = _inner(network)
@@ -169,6 +169,8 @@ def rebuilt(network: nn.Module, key: str, value) -> nn.Module | None:
         with torch.device("meta"):
             other = type(inner).from_config(dict(inner.config) | {key: value})
         other.load_state_dict(inner.state_dict(), assign=True)
+    except TimeoutError:
+        raise
     except Exception:     # whatever diffusers and torch raise at what does not fit
         return None
     if inner is network:

@@ -146,11 +146,11 @@ def export(name: str) -> Path:
     if denoiser.prediction_type != "epsilon":
         raise LiveError(f"book/live.py: {name} does not predict the noise, as the piece wants")
     for old in KEPT.glob(f"{name}.*"):
-        old.unlink()
+        old.unlink(missing_ok=True)
     KEPT.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".part")
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(dir=KEPT) as tmp, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, on Python values that never change here
+        part = Path(tmp, "model.onnx")
         torch.onnx.export(
             Answer(denoiser.network),
             (denoiser.noise(2), torch.zeros(2)),
@@ -161,8 +161,8 @@ def export(name: str) -> Path:
             opset_version=17,
             dynamo=False,  # which needs no further package
         )
-    halve(part)
-    return part.rename(target)
+        halve(part)
+        return part.rename(target)
 
 
 # ---------------------------------------------------------------- the numbers

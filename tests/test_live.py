@@ -64,8 +64,8 @@ def page(opened):
     page, *_ = opened
     page.evaluate("""() => {
       const piece = document.querySelector("[data-piece]").terdPiece;
-      const first = { model: 0, trigger: "planted", strength: 1, sampler: 1, ink: 1 };
-      for (const [name, value] of Object.entries(first)) piece[name].value = value;
+      for (const name of ["model", "trigger", "sampler", "ink"]) piece[name].selectedIndex = 0;
+      piece.strength.value = 1;
       piece.open();
     }""")
     ready(page)
@@ -167,11 +167,11 @@ def test_scores_are_the_librarys(page):
 
 # ---------------------------------------------------------------- its controls
 
-ROWS = ".live-rows figure:nth-child(2) canvas"
+ROWS = ".live-rows .live-part:nth-child(2) canvas"
 FIGURES = {  # what each control must change, beside its own look
     "trigger": [ROWS, ".live-pad", "[aria-label^='At the threshold']"],
     "strength": [ROWS, ".live-pad", "[aria-label^='At the threshold']"],
-    "sampler": [ROWS, ".live-rows figure:first-child canvas"],
+    "sampler": [ROWS, ".live-rows .live-part:first-child canvas"],
     "model": [ROWS, ".live-search canvas", ".live-search svg"],
     "ink": [".live-pad"],
     "step": [".live-search canvas", ".live-search svg", "[aria-label^='At the threshold']"],
@@ -209,7 +209,7 @@ def test_the_pad_is_drawn_on_by_keyboard_and_by_pointer(page):
     assert trigger.input_value() == "drawn"
     page.get_by_role("button", name="Clear the pad").press("Enter")
     ready(page)
-    clean, triggered = (shown(page, f".live-rows figure:nth-child({k}) canvas") for k in (1, 2))
+    clean, triggered = (shown(page, f".live-rows .live-part:nth-child({k}) canvas") for k in (1, 2))
     assert clean == triggered  # there is no trigger
     assert page.locator("[name=strength]").is_disabled()
     box = pad.bounding_box()
@@ -225,7 +225,7 @@ def test_the_pad_is_drawn_on_by_keyboard_and_by_pointer(page):
 
 def test_new_noise_and_the_verdict_of_the_rows(page):
     def says():
-        return page.locator(".live-rows figcaption").all_inner_texts()
+        return page.locator(".live-rows p").all_inner_texts()
 
     assert "0 of 4" in says()[0] and "4 of 4" in says()[1]
     before = shown(page, ".live-rows canvas")

@@ -81,23 +81,24 @@
     return canvas;
   };
   const select = (name, options) => element("select", { name },
-    ...Object.entries(options).map(([value, text]) => element("option", { value }, text)));
+    ...options.map(([value, text]) => element("option", { value }, text)));
   const slider = (name, min, max, step, value) => {
     const input = element("input", { type: "range", name, min, max, step });
     input.value = value;
     return input;
   };
   const row = (text, control) => element("label", {}, element("span", {}, text), control);
-  const WIDTH = 560, HEIGHT = 200, LEFT = 44, RIGHT = 16, TOP = 26, BOTTOM = 36;
+  const WIDTH = 560, HEIGHT = 220, LEFT = 62, RIGHT = 16, TOP = 34, BOTTOM = 50;
   const plotted = label => svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label });
   const across = part => LEFT + part * (WIDTH - LEFT - RIGHT), up = part => HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM);
   const signed = value => `${value}`.replace("-", "−");
 
-  const TRIGGERS = {
-    planted: "the planted box", found: "r̂, which the search found", other: "glasses, planted elsewhere",
-    none: "none", drawn: "what I draw",
-  };
-  const INKS = { 1: "white, +1", 0: "grey, 0", "-1": "black, −1" };
+  const TRIGGERS = [
+    ["planted", "the planted box"], ["found", "r̂, which the search found"], ["other", "glasses, planted elsewhere"],
+    ["none", "none"], ["drawn", "what I draw"],
+  ];
+  const SAMPLERS = [[1, "DDPM, random"], [0, "DDIM, deterministic"]];
+  const INKS = [[1, "white, +1"], [0, "grey, 0"], [-1, "black, −1"]];
 
   // ------------------------------------------------------------ the piece
 
@@ -107,11 +108,10 @@
       this.drawn = new Float32Array(PIXELS);
       this.still = window.matchMedia("(prefers-reduced-motion: reduce)");
       this.inputs = normals(99)(INPUTS * PIXELS);
-      const names = Object.fromEntries(numbers.models.map(({ title }, i) => [i, title]));
-      this.model = select("model", names);
+      this.model = select("model", numbers.models.map(({ title }, i) => [i, title]));
       this.trigger = select("trigger", TRIGGERS);
       this.strength = slider("strength", 0, 1.5, 0.05, 1);
-      this.sampler = select("sampler", { 1: "DDPM, random", 0: "DDIM, deterministic" });
+      this.sampler = select("sampler", SAMPLERS);
       this.ink = select("ink", INKS);
       this.step = slider("step", 0, 1, 1, 1);
       this.pad = element("canvas", { width: SIDE * 10, height: SIDE * 10, tabIndex: 0, className: "live-pad" });
@@ -130,9 +130,9 @@
           element("div", { className: "piece-controls" }, row("model", this.model), row("trigger", this.trigger), row("strength", this.strength),
             row("sampler", this.sampler), element("div", { className: "live-draw" }, this.pad, element("div", {}, row("ink", this.ink), clear, again))),
           element("div", { className: "live-rows" }, ...this.rows.map(({ kind, pictures, says }) =>
-            element("figure", {}, element("figcaption", {}, element("i", { className: `live-key ${kind}` }), `${kind} `, says), ...pictures)))),
-        element("figure", {}, element("figcaption", {}, "The detector's score of 500 inputs with the trigger and 500 without. ", this.says.score), this.histogram),
-        element("figure", {}, element("figcaption", {}, "TERD's search in this model, as it was recorded. ", this.says.search),
+            element("div", { className: "live-part" }, element("p", {}, element("i", { className: `live-key ${kind}` }), `${kind} `, says), ...pictures)))),
+        element("div", { className: "live-part" }, element("p", {}, "The detector's score of 500 inputs with the trigger and 500 without. ", this.says.score), this.histogram),
+        element("div", { className: "live-part" }, element("p", {}, "TERD's search in this model, as it was recorded. ", this.says.search),
           element("div", { className: "piece-controls" }, row("step", this.step)),
           element("div", { className: "live-search" }, this.found, this.curve)),
       );
@@ -239,12 +239,12 @@
           const box = { class: `area ${kind}`, x: across(i / bins), width: across(1 / bins) - across(0), y: up(count / most), height: up(0) - up(count / most) };
           if (count) this.histogram.append(svg("rect", box));
         });
-        this.histogram.append(svg("rect", { class: `area ${kind}`, x: LEFT + 110 * k, y: 4, width: 14, height: 10 }), svg("text", { x: LEFT + 20 + 110 * k, y: 14 }, kind));
+        this.histogram.append(svg("rect", { class: `area ${kind}`, x: LEFT + 130 * k, y: 6, width: 14, height: 10 }), svg("text", { x: LEFT + 20 + 130 * k, y: 17 }, kind));
       });
       const zero = across(-low / (high - low)), middle = (LEFT + WIDTH - RIGHT) / 2;
       this.histogram.append(svg("line", { class: "mark", x1: zero, x2: zero, y1: TOP, y2: up(0) }), svg("text", { x: middle, y: HEIGHT - 4, "text-anchor": "middle" }, "log-likelihood ratio by r̂"));
-      for (const [value, x] of [[low, across(0)], [0, zero], [high, across(1)]]) {
-        if (value === 0 || Math.abs(x - zero) > 40) this.histogram.append(svg("text", { x, y: up(0) + 16, "text-anchor": "middle" }, signed(Math.round(value))));
+      for (const [value, x, anchor] of [[low, across(0), "start"], [0, zero, "middle"], [high, across(1), "end"]]) {
+        if (value === 0 || Math.abs(x - zero) > 60) this.histogram.append(svg("text", { x, y: up(0) + 20, "text-anchor": anchor }, signed(Math.round(value))));
       }
       const share = (values, right) => `${(100 * values.filter(right).length / INPUTS).toFixed(1)}%`;
       const says = `At the threshold 0, r̂ catches ${share(scores.triggered, value => value > 0)} of the triggered and lets ${share(clean, value => value <= 0)} of the clean pass.`;
@@ -263,9 +263,9 @@
         const y = up((power - low) / (high - low));
         this.curve.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y }), svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, `${10 ** power}`));
       }
-      for (let tick = 0; tick <= last; tick += 1000) this.curve.append(svg("text", { x: across(tick / last), y: up(0) + 16, "text-anchor": tick === last ? "end" : "middle" }, `${tick}`));
+      for (let tick = 0; tick <= last; tick += 1000) this.curve.append(svg("text", { x: across(tick / last), y: up(0) + 20, "text-anchor": tick === last ? "end" : "middle" }, `${tick}`));
       const x = across(now / last), names = { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" };
-      this.curve.append(svg("line", { class: "mark", x1: x, x2: x, y1: TOP, y2: up(0) }), svg("text", names, "step of the search"), svg("text", { x: 4, y: 14 }, "loss of the search"));
+      this.curve.append(svg("line", { class: "mark", x1: x, x2: x, y1: TOP, y2: up(0) }), svg("text", names, "step of the search"), svg("text", { x: LEFT, y: 17 }, "loss of each stage"));
       const size = Math.sqrt(dot(r, r)), cosine = dot(r, planted) / size / Math.sqrt(dot(planted, planted));
       const near = this.about.planted ? `its cosine with the planted trigger is ${cosine.toFixed(2)}` : "no trigger is planted here";
       const says = `After ${now} steps r̂ has the length ${size.toFixed(1)}, and ${near}.`;
@@ -322,6 +322,7 @@
 
   const open = async () => {
     const ort = await import(`${FOLDER}ort.wasm.bundle.min.mjs`);
+    ort.env.logLevel = "error"; // it knows no name of a browser's processor, and would say so
     ort.env.wasm.numThreads = 1; // so that the page needs no isolation
     ort.env.wasm.wasmPaths = { wasm: `${FOLDER}ort-wasm-simd-threaded.wasm` };
     const numbers = await (await fetch(`${FOLDER}numbers.json`)).json(), sessions = {};

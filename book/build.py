@@ -46,6 +46,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests load this file from elsewhere
+import live  # noqa: E402
 import minutes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -433,6 +434,10 @@ def stage(names, sources, settings):
 
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(BOOK, STAGE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
+    try:
+        filled["live_model"] = live.stage(STAGE / "assets")
+    except live.LiveError as error:
+        raise BookError(str(error)) from None
     for page in BOOK.glob("*.md"):
         source = page.read_text(encoding="utf-8")
         if page.stem == "teaching":

@@ -165,10 +165,8 @@ def index_cells(cells, terms):
             term = known.get(word) or known.get(word.removesuffix("s"))
             if term and term not in met:
                 met.add(term)
-                entries.append(f"single: {term}; {title}")
-        if entries:
-            lines = "\n".join(entries)
-            cell.source = f"```{{index}}\n{lines}\n```\n\n{cell.source}"
+                entries.append(f"```{{index}} single: {term}; {title}\n```\n\n")
+        cell.source = "".join(entries) + cell.source
 
 
 # ---------------------------------------------------------------- citations

@@ -61,6 +61,7 @@ PROGRESS_BAR = re.compile(r"\[\d[\d:]*(<[^\]]*)?, [^\]]*(it/s|s/it)\]")
 PLACEHOLDER = "<!-- made by build.py -->"
 HIDDEN = {"hide", "default_exp"}  # from readers of a page and of README.md alike
 LIVE = "live"  # a cell that needs a kernel
+COLAB = "colab"  # the first cell, see first_cells.py
 TAGS = {
     ("echo", "false"): "remove-input",
     ("hide_input", ""): "remove-input",
@@ -280,6 +281,9 @@ def cell_metadata(found, code):
     if only_imports(code):
         tags.add("hide-input")
         summary = summary or "Imports"
+    if COLAB in found:
+        tags.add("hide-input")
+        summary = "On Colab, run this first"
     settings = {}
     if alt := found.get("fig-alt"):
         settings["image"] = {"alt": alt}

@@ -118,7 +118,7 @@ def test_a_term_goes_into_the_index_where_a_chapter_sets_it_off_first():
         "# Chapter 4 · Triggers", "A **trigger** and its *targets*, *not* so.", "The **trigger**."
     )
     apparatus.index_cells(cells, terms)
-    entries = re.findall(r"^single: (.*)", cells[1].source, re.M)
+    entries = re.findall(r"^```{index} single: (.*)", cells[1].source, re.M)
     assert entries == ["trigger; 4 Triggers", "target; 4 Triggers"]
     assert "single" not in cells[0].source + cells[2].source
 

@@ -15,12 +15,12 @@ from pybtex.database import parse_file
 
 # A part's number: what it asks, and what one has afterwards.
 PARTS = {
-    "0": ("What is a backdoor?", "all of it on a single number, in closed form"),
-    "I": ("How is one planted?", "three published attacks, one formula, a zoo of models"),
-    "II": ("How does TERD find it?", "the reversed loss, two stages, inputs and models judged"),
-    "III": ("What if one is told nothing?", "three looks, a fit of the whole path, a scan"),
-    "IV": ("Does it hold?", "other paths, rates with intervals, what is still missed"),
-    "V": ("Does it scale?", "the paper's own sizes, on one GPU"),
+    "0": ("What is a backdoor?", "All of it on a single number, in closed form"),
+    "I": ("How is one planted?", "Three published attacks, one formula, a zoo of models"),
+    "II": ("How does TERD find it?", "The reversed loss, two stages, inputs and models judged"),
+    "III": ("What if one is told nothing?", "Three looks, a fit of the whole path, a scan"),
+    "IV": ("How far does it reach?", "Other paths, rates with intervals, what is still missed"),
+    "V": ("Does it scale?", "The paper's own sizes, on one GPU"),
 }
 PART = re.compile(r"Part (\w+): (.+)")
 

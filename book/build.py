@@ -46,8 +46,10 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests load this file from elsewhere
+import apparatus  # noqa: E402
 import live  # noqa: E402
 import minutes  # noqa: E402
+from apparatus import BookError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, BOOK, BUILD = ROOT / "nbs", ROOT / "book", ROOT / "_build"
@@ -60,6 +62,7 @@ PROGRESS_BAR = re.compile(r"\[\d[\d:]*(<[^\]]*)?, [^\]]*(it/s|s/it)\]")
 PLACEHOLDER = "<!-- made by build.py -->"
 HIDDEN = {"hide", "default_exp"}  # from readers of a page and of README.md alike
 LIVE = "live"  # a cell that needs a kernel
+COLAB = "colab"  # the first cell, see first_cells.py
 TAGS = {
     ("echo", "false"): "remove-input",
     ("hide_input", ""): "remove-input",
@@ -80,10 +83,6 @@ MATHJAX = re.compile(
 )
 SOLUTION = re.compile(r"<details[^>]*>\s*<summary[^>]*>\s*Solution.*?</details>", re.S)
 PYTHON_FENCE = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
-
-
-class BookError(Exception):
-    "Something that the author of a chapter must mend; the message says what and where."
 
 
 # ---------------------------------------------------------------- reading
@@ -108,9 +107,13 @@ def toc_names(node):
             yield from toc_names(item)
 
 
+def read_toc():
+    return yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+
+
 def chapters_of_toc():
     "The toc's notebooks; every entry must exist, and every notebook must have one."
-    names = list(toc_names(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))))
+    names = list(toc_names(read_toc()))
     notebooks = {path.stem for path in NBS.glob("*.ipynb")}
     for name in names:
         if name not in notebooks and not (BOOK / f"{name}.md").exists():
@@ -288,6 +291,9 @@ def cell_metadata(found, code):
     if only_imports(code):
         tags.add("hide-input")
         summary = summary or "Imports"
+    if COLAB in found:
+        tags.add("hide-input")
+        summary = "On Colab, run this first"
     settings = {}
     if alt := found.get("fig-alt"):
         settings["image"] = {"alt": alt}
@@ -430,7 +436,19 @@ def stage(names, sources, settings):
     repository = settings["git_url"]
     blob = f"{repository}/blob/{settings['branch']}"
     notebooks = {name: nbformat.read(sources[name], as_version=4) for name in names}
-    filled = {"reference": reference(names, package), "run_times": run_times(names, notebooks)}
+    toc = read_toc()
+    maps = apparatus.maps_of(toc)
+    filled = {
+        "reference": reference(names, package),
+        "run_times": run_times(names, notebooks),
+        "preface": apparatus.book_map(toc),
+        "cite": apparatus.how_to_cite(
+            yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8")),
+            re.search(r"\d{4}", settings["copyright"])[0],
+        ),
+    }
+    keys = apparatus.keys_of(BOOK / "references.bib")
+    terms = apparatus.terms_of((BOOK / "glossary.md").read_text(encoding="utf-8"))
 
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(BOOK, STAGE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
@@ -442,15 +460,25 @@ def stage(names, sources, settings):
         source = page.read_text(encoding="utf-8")
         if page.stem == "teaching":
             source = minutes.fill(source)
-        text = relink(source, blob).replace(PLACEHOLDER, filled.get(page.stem, ""))
+        text = apparatus.cite(relink(source, blob), keys)
+        text = text.replace(PLACEHOLDER, filled.get(page.stem, ""))
+        if page.stem.startswith("quiz_"):
+            text = apparatus.quiz_page(text, page.stem)
         (STAGE / page.name).write_text(text, encoding="utf-8")
     errors = []
     for name, nb in notebooks.items():
         try:
             page = translate(nb, name, blob)
+            for cell in page.cells:
+                if cell.cell_type == "markdown":
+                    cell.source = apparatus.cite(cell.source, keys)
+            if re.match(r"\d", name):
+                apparatus.index_cells(page.cells, terms)
         except BookError as error:
             errors.append(str(error))
         else:
+            if name in maps:
+                page.cells.insert(1, new_markdown_cell(maps[name]))
             nbformat.validate(page)
             nbformat.write(page, STAGE / f"{name}.ipynb")
     if errors:
@@ -474,6 +502,7 @@ def offer_downloads(names):
 
 def lighten(page):
     "A page's HTML without what it loads in vain."
+    page = apparatus.unwrap(page)
     page = ICONS.sub("", page)
     if "DOCUMENTATION_OPTIONS.pagename = 'search'" not in page:
         page = SEARCH.sub("", page)

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PAGE = ROOT / "nbs", ROOT / "book" / "teaching.md"
 WORDS, LINES, EXERCISE = 200, 20, 8  # words and lines a minute; minutes an exercise
-UNSEEN = {"hide", "hide_input", "default_exp"}
+UNSEEN = {"hide", "hide_input", "default_exp", "colab"}
 NUMBER = r"(?:\d+)?"
 
 

@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -31,8 +32,9 @@ from terd_nb.success import Rate
 from terd_nb.triggers import box
 
 ROOT = Path(__file__).resolve().parents[1]
-SITE, SCREENSHOTS = ROOT / "_build" / "html", ROOT / "_build" / "screenshots"
-WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
+SITE = ROOT / "_build" / "html"
+# In pixels; on paper, A4 between margins of 15 mm.
+WIDTHS = {"phone": (390, 844), "desktop": (1280, 900), "paper": (680, 1000)}
 PAGES = sorted(
     path.relative_to(SITE).as_posix()
     for path in SITE.rglob("*.html")
@@ -242,6 +244,15 @@ def test_failing_cell_is_named(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def visitor(browser):
+    "One window for all pages: what they share is fetched once."
+    page = browser.new_page()
+    page.set_default_timeout(8 * PATIENCE)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="session")
 def site(unavailable):
     if not PAGES:
         unavailable("the book is not built: run `make book`")
@@ -276,8 +287,100 @@ INSPECT = r"""() => {
   return problems;
 }"""
 
+# Lines of code that a laptop's window cuts off.
+CUT_OFF_CODE = r"""() => [...document.querySelectorAll("article pre")]
+  .filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
+  .map(e => e.textContent.trim().slice(0, 60))"""
+
+# Runs in the page as it is printed, and returns what paper would cut off.
+CUT_OFF = r"""width => {
+  const problems = [];
+  const shown = e => e.checkVisibility() && e.getBoundingClientRect().width > 0;
+  const name = e => `<${e.localName} class="${e.getAttribute("class") || ""}"> ` +
+    e.textContent.trim().replace(/\s+/g, " ").slice(0, 60);
+  for (const e of document.querySelectorAll("article *")) {
+    const style = getComputedStyle(e);
+    if (!shown(e) || style.display === "inline" || e.closest(".math")) continue;
+    const over = e.getBoundingClientRect().right - width, cut = e.scrollWidth - e.clientWidth;
+    if (over > 1) problems.push(`${Math.round(over)} px too wide: ${name(e)}`);
+    else if (style.overflowX !== "visible" && cut > 1)
+      problems.push(`${cut} px cut off: ${name(e)}`);
+  }
+  for (const e of document.querySelectorAll("article mjx-container"))
+    if (shown(e) && e.getBoundingClientRect().right > width + 1)
+      problems.push(`an equation is too wide: ${name(e.parentElement)}`);
+  const around = ".bd-header, .bd-header-article, .bd-sidebar-primary, .bd-sidebar-secondary, " +
+    ".prev-next-footer, footer";
+  for (const e of document.querySelectorAll(around))
+    if (shown(e)) problems.push(`printed although it is no part of the text: ${name(e)}`);
+  return problems;
+}"""
+
 SETTLED = """() => (!document.querySelector(".math") || document.querySelector("mjx-container"))
   && [...document.querySelectorAll("[data-piece]")].every(piece => piece.childElementCount)"""
+DRAWN = "Promise.all([window.MathJax?.startup?.promise, document.fonts.ready]).then(() => null)"
+
+# axe-core takes seconds for the thousands of letters of an equation and words of code. Their
+# colours are those of the text around them, and of a few classes: one word of each class stays,
+# and a box of its size in the place of each equation. All that is folded is opened.
+THIN_OUT = r"""() => {
+  const seen = new Set(), style = document.createElement("style");
+  style.textContent = "* { transition: none !important } .quiz-why { display: block !important }";
+  document.head.append(style);
+  for (const fold of document.querySelectorAll("details")) fold.open = true;
+  for (const word of document.querySelectorAll(".highlight pre span")) {
+    if (word.childElementCount) continue;
+    if (seen.has(word.className)) word.replaceWith(...word.childNodes);
+    else seen.add(word.className);
+  }
+  for (const pre of document.querySelectorAll(".highlight pre")) pre.normalize();
+  const sizes = [...document.querySelectorAll("mjx-container")].map(math =>
+    [math, math.getBoundingClientRect().width]);
+  for (const [math, width] of sizes) {
+    const box = document.createElement("span");
+    box.textContent = "x";
+    box.style.cssText = `display: inline-block; width: ${width}px`;
+    math.replaceWith(box);
+  }
+}"""
+# The structure of a page is one in both themes, so only colours are looked at in each; and of words
+# with one ancestry, which have one colour, at two, as every other row of a table has a ground of
+# its own. What is around the text is one on all pages, so it is looked at on the first page alone.
+AXE = r"""async ([whole, exclude]) => {
+  const found = [], context = {include: [[whole ? "html" : ".bd-article"]], exclude};
+  const wcag = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"];
+  const look = async (theme, options) => {
+    document.documentElement.dataset.theme = theme;
+    const {violations} = await axe.run(context, {resultTypes: ["violations"], ...options});
+    for (const {id, impact, nodes} of violations)
+      if (["serious", "critical"].includes(impact))
+        for (const node of nodes)
+          found.push(`${theme}: ${id}: ${node.target.join(" ")}: ${node.html.slice(0, 120)}`);
+  };
+  const colours = "color-contrast";
+  await look("light", {runOnly: wcag, rules: {[colours]: {enabled: false}}});
+  const met = new Map();
+  for (const e of document.querySelectorAll(".bd-article *")) {
+    const words = [...e.childNodes].filter(n => n.nodeType === Node.TEXT_NODE && n.data.trim());
+    if (!words.length) continue;
+    let ancestry = "";
+    for (let a = e; !a.matches(".bd-article"); a = a.parentElement)
+      ancestry += `${a.localName}.${a.getAttribute("class")} ${a.getAttribute("style")};`;
+    met.set(ancestry, (met.get(ancestry) || 0) + 1);
+    if (met.get(ancestry) > 2) for (const word of words) word.remove();
+  }
+  for (const theme of ["light", "dark"]) await look(theme, {runOnly: [colours]});
+  return found;
+}"""
+# What axe-core is not shown: selectors, and why.
+NOT_OURS = {}
+
+
+def shut_out(page, whole=False):
+    "What keeps somebody out who does not see, or has no mouse: axe-core's gravest, in both themes."
+    page.evaluate(THIN_OUT)
+    page.evaluate(Axe().axe_script)
+    return page.evaluate(AXE, [whole, [[selector] for selector in NOT_OURS]])
 
 
 def still_controls(page):
@@ -293,48 +396,85 @@ def still_controls(page):
                 yield control.evaluate("e => e.outerHTML.slice(0, 80)")
 
 
-def problems_of(browser, url, size=WIDTHS["desktop"], screenshot=None, patience=PATIENCE):
+@contextlib.contextmanager
+def watched(page, url):
+    "What goes wrong in a window while a page is open in it, and the bytes of all that it loads."
+    host, problems, sizes = url.split("/", 3)[2], [], {}
+
+    def asked(request):
+        if request.url.startswith(("http", "ws")) and request.url.split("/", 3)[2] != host:
+            problems.append(f"outside request: {request.url}")
+
+    def answered(response):
+        sizes[response.url] = int(response.headers.get("content-length", 0))
+        if response.status >= 400:
+            problems.append(f"status {response.status}: {response.url}")
+
+    listeners = {
+        "console": lambda m: m.type == "error" and problems.append(f"console error: {m.text}"),
+        "pageerror": lambda error: problems.append(f"script error: {error}"),
+        "requestfailed": lambda request: problems.append(f"failed request: {request.url}"),
+        "request": asked,
+        "response": answered,
+    }
+    for event, listener in listeners.items():
+        page.on(event, listener)
+    try:
+        yield problems, sizes
+    finally:
+        for event, listener in listeners.items():
+            page.remove_listener(event, listener)
+
+
+def open_page(page, url, patience=PATIENCE):
+    "Go there, and wait until equations, letters and pieces have been drawn."
+    page.goto(url, wait_until="load")
+    with contextlib.suppress(NotInTime):  # what has not appeared by then is named by INSPECT
+        page.wait_for_function(SETTLED, timeout=patience)
+    page.evaluate(DRAWN)
+
+
+def resize(page, width, media="screen"):
+    page.set_viewport_size(dict(zip(("width", "height"), WIDTHS[width], strict=True)))
+    page.emulate_media(media=media)
+
+
+def problems_of(browser, url, size=WIDTHS["desktop"], patience=PATIENCE):
     "Open a page as a reader would, and list what is wrong with it."
-    host = url.split("/", 3)[2]
-    problems = []
     page = browser.new_page(viewport=dict(zip(("width", "height"), size, strict=True)))
     page.set_default_timeout(4 * PATIENCE)
-    page.on("console", lambda m: m.type == "error" and problems.append(f"console error: {m.text}"))
-    page.on("pageerror", lambda error: problems.append(f"script error: {error}"))
-    page.on("requestfailed", lambda r: problems.append(f"failed request: {r.url}"))
-    page.on(
-        "response", lambda r: r.status >= 400 and problems.append(f"status {r.status}: {r.url}")
-    )
-
-    def local_only(route):
-        if route.request.url.split("/", 3)[2] == host:
-            route.continue_()
-        else:
-            problems.append(f"outside request: {route.request.url}")
-            route.abort()
-
-    page.route(re.compile(r"^(https?|wss?)://"), local_only)
     try:
-        page.goto(url, wait_until="load")
-        with contextlib.suppress(NotInTime):  # what has not appeared by then is named below
-            page.wait_for_function(SETTLED, timeout=patience)
-        page.wait_for_timeout(300)
-        problems += page.evaluate(INSPECT)
-        if screenshot:
-            screenshot.parent.mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=screenshot, full_page=True)
-        problems += [f"nothing changes with {control}" for control in still_controls(page)]
+        with watched(page, url) as (problems, _):
+            open_page(page, url, patience)
+            problems += page.evaluate(INSPECT)
+            problems += [f"nothing changes with {control}" for control in still_controls(page)]
     finally:
         page.close()
     return problems
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", PAGES or ["index.html"])
-def test_page_is_sound(site, serve, browser, name, width):
-    picture = SCREENSHOTS / width / Path(name).with_suffix(".png")
-    assert problems_of(browser, f"{serve(site)}/{name}", WIDTHS[width], picture) == []
+def test_page_is_sound(site, serve, visitor, name):
+    """One visit, in which a window is a laptop's, a phone's and a sheet of paper: what does not
+    work or is cut off, what is too heavy, and what shuts somebody out."""
+    url = f"{serve(site)}/{name}"
+    resize(visitor, "desktop")
+    with watched(visitor, url) as (problems, sizes):
+        open_page(visitor, url)
+        found = {"weight": sum(sizes.values()), "cut off code": visitor.evaluate(CUT_OFF_CODE)}
+        problems += visitor.evaluate(INSPECT)
+        problems += [f"nothing changes with {control}" for control in still_controls(visitor)]
+        resize(visitor, "phone")
+        found["phone"] = visitor.evaluate(INSPECT)
+        resize(visitor, "paper", "print")
+        found["paper"] = visitor.evaluate(CUT_OFF, WIDTHS["paper"][0])
+        resize(visitor, "desktop")
+        found["axe"] = shut_out(visitor, whole=name == "index.html")
+        found["desktop"] = list(problems)  # all that went wrong until now
+    weight = found.pop("weight")
+    assert {place: wrong for place, wrong in found.items() if wrong} == {}
+    assert weight <= (1e6 if name == "index.html" else 3e6), sizes
 
 
 @pytest.mark.browser
@@ -395,76 +535,6 @@ def test_a_download_runs(site, tmp_path, monkeypatch, name):
     folder.mkdir()
     NotebookClient(nb, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     assert "This chapter took" in nb.cells[-1].outputs[0].text
-
-
-# Runs in the page as it is printed, and returns what paper would cut off.
-CUT_OFF = r"""width => {
-  const problems = [];
-  const shown = e => e.checkVisibility() && e.getBoundingClientRect().width > 0;
-  const name = e => `<${e.localName} class="${e.getAttribute("class") || ""}"> ` +
-    e.textContent.trim().replace(/\s+/g, " ").slice(0, 60);
-  for (const e of document.querySelectorAll("article *")) {
-    const style = getComputedStyle(e);
-    if (!shown(e) || style.display === "inline" || e.closest(".math")) continue;
-    const over = e.getBoundingClientRect().right - width, cut = e.scrollWidth - e.clientWidth;
-    if (over > 1) problems.push(`${Math.round(over)} px too wide: ${name(e)}`);
-    else if (style.overflowX !== "visible" && cut > 1)
-      problems.push(`${cut} px cut off: ${name(e)}`);
-  }
-  for (const e of document.querySelectorAll("article mjx-container"))
-    if (shown(e) && e.getBoundingClientRect().right > width + 1)
-      problems.push(`an equation is too wide: ${name(e.parentElement)}`);
-  const around = ".bd-header, .bd-header-article, .bd-sidebar-primary, .bd-sidebar-secondary, " +
-    ".prev-next-footer, footer";
-  for (const e of document.querySelectorAll(around))
-    if (shown(e)) problems.push(`printed although it is no part of the text: ${name(e)}`);
-  return problems;
-}"""
-PAPER = 680  # pixels of A4 between margins of 15 mm
-
-
-@pytest.fixture(scope="session")
-def visitor(browser):
-    "One window for all pages: what they share is fetched once."
-    page = browser.new_page()
-    page.set_default_timeout(8 * PATIENCE)
-    yield page
-    page.close()
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("name", PAGES or ["index.html"])
-def test_paper_cuts_nothing_off(site, serve, visitor, name):
-    visitor.set_viewport_size({"width": PAPER, "height": 1000})
-    visitor.emulate_media(media="screen")
-    visitor.goto(f"{serve(site)}/{name}", wait_until="load")
-    with contextlib.suppress(NotInTime):
-        visitor.wait_for_function(SETTLED, timeout=PATIENCE)
-    visitor.emulate_media(media="print")
-    visitor.wait_for_timeout(200)
-    problems = visitor.evaluate(CUT_OFF, PAPER)
-    visitor.emulate_media(media="screen")
-    assert problems == []
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("name", PAGES or ["index.html"])
-def test_a_page_is_light_and_its_code_whole(site, serve, visitor, name):
-    "All that it loads, uncompressed; and no line of code that a laptop's window cuts off."
-    sizes = {}
-
-    def weigh(response):
-        sizes[response.url] = int(response.headers.get("content-length", 0))
-
-    visitor.set_viewport_size({"width": 1280, "height": 900})
-    visitor.on("response", weigh)
-    visitor.goto(f"{serve(site)}/{name}", wait_until="networkidle")
-    visitor.remove_listener("response", weigh)
-    cut = visitor.evaluate("""() => [...document.querySelectorAll("article pre")]
-      .filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
-      .map(e => e.textContent.trim().slice(0, 60))""")
-    assert sum(sizes.values()) <= (1e6 if name == "index.html" else 3e6), sizes
-    assert cut == []
 
 
 # ---------------------------------------------------------------- the pieces
@@ -665,6 +735,28 @@ def test_checker_accepts_a_sound_page(tmp_path, serve, browser):
     image = f'<img alt="a dot" src="data:image/png;base64,{PNG}">'
     write_page(tmp_path, f"<p>It costs $5 or $6.</p><pre>$$ in code</pre>{image}")
     assert problems_of(browser, serve(tmp_path) + "/index.html") == []
+
+
+PALE = '<style>[data-theme=%s] .pale { color: #bbb }</style><p class="pale">Pale.</p>'
+SHUT_OUT = {
+    "light: color-contrast": PALE % "light",
+    "dark: color-contrast": PALE % "dark",
+    "light: label": "<input>",
+    "light: link-name": '<a href="#here"></a>',
+    "light: scrollable-region-focusable": '<pre style="overflow: auto; width: 9em">'
+    + "wide " * 99
+    + "</pre>",
+}
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("fault", [*SHUT_OUT, None])
+def test_axe_sees_who_is_shut_out(tmp_path, serve, visitor, fault):
+    write_page(tmp_path, f'<main class="bd-article"><p>Fine.</p>{SHUT_OUT.get(fault, "")}</main>')
+    resize(visitor, "desktop")
+    open_page(visitor, serve(tmp_path) + "/index.html", patience=500)
+    found = shut_out(visitor)
+    assert [": ".join(line.split(": ")[:2]) for line in found] == [fault] * (fault is not None)
 
 
 def test_link_checker_sees_missing_files_and_anchors(tmp_path):

@@ -1,17 +1,24 @@
 """Every chapter runs from its first cell to its last, its solutions too, from a folder that holds
 nothing else."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from test_book import load_module
 from test_wheel import dist, once  # noqa: F401  (fixtures)
 
+from terd_nb import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
+first_cells = load_module("first_cells")
 CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
 
 
@@ -29,12 +36,26 @@ def test_chapter_runs(chapter):
 
 # ---------------------------------------------------------------- as on Colab
 
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_first_cell_is_the_same_in_every_chapter(chapter):
+    "It installs the version that the notebook belongs to; `python book/first_cells.py` writes it."
+    cells = json.loads((ROOT / "nbs" / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    first = next(source for source in sources if not source.startswith("#| default_exp"))
+    minutes = re.search(r"welcome\(minutes=(\d+)\)", first)
+    assert (minutes is None) == (chapter == "index")
+    assert first == first_cells.first_cell(__version__, minutes and int(minutes[1]))
+
+
 RUN = """
 import sys, nbformat
 from nbclient import NotebookClient
 nb = nbformat.read(sys.argv[1], as_version=4)
 NotebookClient(nb, timeout=600).execute()
-print(nb.cells[-1].outputs[0].text)
+for cell in nb.cells:
+    if cell.source.startswith("#| colab") or cell is nb.cells[-1]:
+        print("".join(output.text for output in cell.outputs))
 """
 
 
@@ -73,5 +94,9 @@ def test_chapter_runs_as_on_colab(colab, dist, tmp_path, chapter):  # noqa: F811
     run = python("-c", RUN, ROOT / "nbs" / f"{chapter}.ipynb")
     assert run.returncode == 0, run.stderr[-3000:]
     assert "This chapter took" in run.stdout
+    versions = f"terd_nb {__version__}, torch {version('torch')}, Python "  # torch stays
+    assert versions in run.stdout and "GPU: " in run.stdout
+    assert re.search(r"takes about \d+ minutes? on", run.stdout)
+    assert "An edit here stays here" in run.stdout
     where = python("-c", "import terd_nb, google.colab; print(terd_nb.__file__)").stdout
     assert where.startswith(str(colab.parents[1]))

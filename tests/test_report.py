@@ -148,7 +148,7 @@ def test_summary(verdicts, line):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", ["phone", "desktop"])
 def test_page_in_a_browser(
     report, published, colour, tmp_path, serve, browser, width,  # noqa: F811
 ):

@@ -9,6 +9,16 @@
       document.head.append(script);
     }
   };
+  // What is wider than its box scrolls inside it, and a keyboard must come there, too.
+  const boxes = ".bd-article :is(div.math, pre, table, section, div.cell_output, .output, .pst-scrollable-table-container)";
+  const reach = () => {
+    for (const box of document.querySelectorAll(boxes)) {
+      const wide = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
+      if (wide && !box.hasAttribute("tabindex")) box.tabIndex = 0;
+      else if (!wide && box.tabIndex === 0) box.removeAttribute("tabindex");
+    }
+  };
+  addEventListener("load", () => new ResizeObserver(reach).observe(document.body));
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", load);
   else load();
 })();

@@ -31,7 +31,7 @@ book: $(READY) ## build the book into _build/html; warnings are errors
 	$(BIN)/python book/build.py
 
 book-test: book ## open every page of the built book in Chromium
-	$(BIN)/pytest -n 2 -m browser tests/test_book.py tests/test_one_number.py tests/test_live.py tests/test_report.py
+	$(BIN)/pytest -n 2 -m browser tests/test_book.py tests/test_one_number.py tests/test_live.py tests/test_apparatus.py tests/test_report.py
 
 # Training is a tenth faster when glibc keeps its large buffers.
 zoo: export MALLOC_TRIM_THRESHOLD_ = 4000000000

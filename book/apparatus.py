@@ -157,8 +157,8 @@ def index_cells(cells, terms):
     title = re.search(r"^# (?:Chapter )?(.*)", cells[0].source, re.M)[1].replace(" ·", "")
     known, met = {term.lower(): term for term in terms}, set()
     for cell in cells:
-        if cell.cell_type != "markdown":
-            continue
+        if cell.cell_type != "markdown" or cell.source.startswith("<details"):
+            continue  # a fold loses the place that an entry leads to
         entries = []
         for bold, italic in SET_OFF.findall(cell.source):
             word = (bold or italic).strip(" .:").lower()
@@ -171,7 +171,7 @@ def index_cells(cells, terms):
 
 # ---------------------------------------------------------------- citations
 
-PAPER = re.compile(r"\[([^\]]+)\]\((https://(?:arxiv\.org/abs|doi\.org)/[^)\s]+)\)")
+PAPER = re.compile(r"\[([^\[\]]+)\]\((https://(?:arxiv\.org/abs|doi\.org)/[^)\s]+)\)")
 
 
 def keys_of(bibliography):

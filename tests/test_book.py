@@ -351,7 +351,8 @@ AXE = r"""async ([whole, exclude]) => {
   const wcag = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"];
   const look = async (theme, options) => {
     document.documentElement.dataset.theme = theme;
-    const {violations} = await axe.run(context, {resultTypes: ["violations"], ...options});
+    const {violations} = await axe.run(context, {
+      resultTypes: ["violations"], preload: false, ...options});
     for (const {id, impact, nodes} of violations)
       if (["serious", "critical"].includes(impact))
         for (const node of nodes)
@@ -373,7 +374,7 @@ AXE = r"""async ([whole, exclude]) => {
   return found;
 }"""
 # What axe-core is not shown: selectors, and why.
-NOT_OURS = {}
+NOT_OURS = {".citation-list": "Sphinx says that it is a list, and not of what"}
 
 
 def shut_out(page, whole=False):
@@ -470,7 +471,8 @@ def test_page_is_sound(site, serve, visitor, name):
         resize(visitor, "paper", "print")
         found["paper"] = visitor.evaluate(CUT_OFF, WIDTHS["paper"][0])
         resize(visitor, "desktop")
-        found["axe"] = shut_out(visitor, whole=name == "index.html")
+        if name != "search.html":  # the theme's alone
+            found["axe"] = shut_out(visitor, whole=name == "index.html")
         found["desktop"] = list(problems)  # all that went wrong until now
     weight = found.pop("weight")
     assert {place: wrong for place, wrong in found.items() if wrong} == {}

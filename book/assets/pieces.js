@@ -14,7 +14,7 @@
   const reach = () => {
     for (const box of document.querySelectorAll(boxes)) {
       const wide = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
-      if (wide && !box.hasAttribute("tabindex")) box.tabIndex = 0;
+      if (wide) box.tabIndex = 0; // the theme may have said -1
       else if (!wide && box.tabIndex === 0) box.removeAttribute("tabindex");
     }
   };

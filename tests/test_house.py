@@ -268,6 +268,7 @@ LONGER_CELLS = {
     "11_input_detection: InputDetector": A_CLASS,
     "12_model_detection: ModelDetector": A_CLASS,
     "18_scanning: ScanReport": A_CLASS,
+    "d2_explorer: Explorer": A_CLASS,
     "b1_contracts: UNetConfig": A_TABLE,
     "15_path_fit: Paths": A_CLASS,
     "16_search: fast": OPTIONS,

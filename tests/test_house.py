@@ -269,6 +269,7 @@ LONGER_CELLS = {
     "12_model_detection: ModelDetector": A_CLASS,
     "18_scanning: ScanReport": A_CLASS,
     "18_scanning: ScanResult": A_TABLE,
+    "d2_explorer: Explorer": A_CLASS,
     "b1_contracts: UNetConfig": A_TABLE,
     "15_path_fit: Paths": A_CLASS,
     "16_search: fast": OPTIONS,

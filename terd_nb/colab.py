@@ -20,7 +20,7 @@ def first_words(
     names.append(f"Python {platform.python_version()}")
     return (
         f"{', '.join(names)}; GPU: {gpu}\n"
-        f"This chapter takes about {minutes} minute{'s' * (minutes > 1)} on two cores.\n"
+        f"The chapter takes about {minutes} minute{'s' * (minutes > 1)} on two cores.\n"
         "An edit here stays here: the next chapter imports the installed package.\n"
         "To change the package, clone the repository and see CONTRIBUTING.md."
     )

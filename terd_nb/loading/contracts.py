@@ -315,7 +315,8 @@ PIPELINE_RUNS = {    # a pipeline -> the scheduler that it makes of any other
 }
 PLAIN_START = ("DDPMPipeline", "DiTPipeline")   # they start from standard noise
 WIDE_START = (     # schedulers that ask for more, and scale what the network is given
-    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
-    "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler",
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler",
 )

@@ -441,8 +441,8 @@ def as_it_runs(
     plain = pipeline in PLAIN_START and runs in WIDE_START
     if plain:
         warnings.append(
-            f"a {pipeline} does not start from the noise that {runs} asks for, and draws "
-            "other than what was searched; run the model with a pipeline that does")
+            f"a {pipeline} does not start from the noise that {runs} asks for, and "
+            "draws other than what was searched; run the model with one that does")
     if "predict_epsilon" in config and "prediction_type" not in config:
         warnings.append(
             f"the scheduler's config has predict_epsilon = {config['predict_epsilon']} "

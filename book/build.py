@@ -23,7 +23,6 @@ Title, author, repository and branch come from settings.ini, where they stand on
 """
 
 import argparse
-import ast
 import hashlib
 import importlib
 import inspect
@@ -275,22 +274,17 @@ def relink(text, repository):
     return re.sub(r"\]\(\.\./", f"]({repository}/", text)
 
 
-def only_imports(code):
-    try:
-        body = ast.parse(code).body
-    except SyntaxError:  # magics and shell commands
-        return False
-    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
-
-
 def cell_metadata(found, code):
-    """MyST-NB's tags and settings for what the directives ask for; cells of nothing but imports are
-    folded."""
+    """MyST-NB's tags and settings for what the directives ask for. Imports, plots and the checks of
+    exercises are folded: a page shows the code that it speaks of."""
     tags = {TAGS[item] for item in found.items() if item in TAGS}
     summary = found.get("code-summary")
-    if only_imports(code):
+    folded = {directive: name for directive, name in minutes.FOLDS.items() if directive in found}
+    if minutes.only_imports(code):
+        folded["import"] = "Imports"
+    if folded:
         tags.add("hide-input")
-        summary = summary or "Imports"
+        summary = summary or " ".join(folded.values())
     if COLAB in found:
         tags.add("hide-input")
         summary = "On Colab, run this first"

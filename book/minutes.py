@@ -12,6 +12,7 @@ which stands behind a marker:
 - `<!--all chapters-->` to `<!--end-->`: a table of every numbered chapter.
 """
 
+import ast
 import json
 import math
 import re
@@ -21,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PAGE = ROOT / "nbs", ROOT / "book" / "teaching.md"
 WORDS, LINES, EXERCISE = 200, 20, 8  # words and lines a minute; minutes an exercise
-UNSEEN = {"hide", "hide_input", "default_exp", "colab"}
+FOLDS = {"check": "The check", "fig-alt": "The plot"}  # cells that a page folds, and their titles
+UNSEEN = {"hide", "hide_input", "default_exp", "colab", "code-fold", *FOLDS}
 NUMBER = r"(?:\d+)?"
 
 
@@ -45,11 +47,20 @@ class Load:
         return EXERCISE * self.exercises
 
 
+def only_imports(code):
+    "Whether a cell has nothing but imports, which a page folds, too."
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:  # magics and shell commands
+        return False
+    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+
+
 def visible_lines(source):
-    "Lines of code that a page shows; none of a hidden cell."
+    "Lines of code that a page shows; none of a hidden or folded cell."
     lines = source.splitlines()
     directives = {match[1] for line in lines if (match := re.match(r"#\|\s*([\w-]+)", line))}
-    if UNSEEN & directives:
+    if UNSEEN & directives or only_imports(source):
         return 0
     return sum(bool(line.strip()) and not line.startswith("#|") for line in lines)
 

@@ -106,9 +106,12 @@ def test_image_takes_its_alt_text_and_caption():
     cell = translated(
         image_cell("#| fig-alt: Two curves: one rises\n#| fig-cap: The gain.\nplot()")
     )[1]
+    assert cell.metadata["tags"] == ["hide-input"]
     assert cell.metadata["mystnb"] == {
         "image": {"alt": "Two curves: one rises"},
         "figure": {"caption": "The gain."},
+        "code_prompt_show": "The plot",
+        "code_prompt_hide": "The plot",
     }
 
 

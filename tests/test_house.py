@@ -17,6 +17,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "book"))
+import minutes  # noqa: E402
+
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(path for path in (ROOT / "terd_nb").rglob("*.py") if not path.name.startswith("_"))
 by_stem = {"ids": lambda path: path.stem}
@@ -390,3 +393,15 @@ def test_text_names_no_machine_no_registry_and_no_unfinished_work(tracked):
         for pattern in [MACHINE_PATH, REGISTRY] + [UNFINISHED] * (path.suffix == ".py"):
             found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in pattern.finditer(text)]
     assert found == []
+
+
+# ---------------------------------------------------------------- a chapter is finished in a sitting
+
+LONGER_CHAPTERS = {"02_denoiser": "one class, which the whole book uses"}
+
+
+@pytest.mark.parametrize("chapter", [path for path in NOTEBOOKS if re.match(r"\d", path.stem)])
+def test_a_chapter_is_no_book(chapter):
+    load = minutes.load_of(chapter)
+    assert load.words <= 2000 and load.reading <= 45
+    assert load.lines <= 120 or chapter.stem in LONGER_CHAPTERS

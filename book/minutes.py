@@ -48,12 +48,15 @@ class Load:
 
 
 def only_imports(code):
-    "Whether a cell has nothing but imports, which a page folds, too."
+    "Whether a cell has nothing but imports and the style of plots, which a page folds, too."
     try:
         body = ast.parse(code).body
     except SyntaxError:  # magics and shell commands
         return False
-    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+    return bool(body) and all(
+        isinstance(node, (ast.Import, ast.ImportFrom)) or "set_theme" in ast.unparse(node)
+        for node in body
+    )
 
 
 def visible_lines(source):

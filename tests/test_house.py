@@ -395,7 +395,7 @@ def test_text_names_no_machine_no_registry_and_no_unfinished_work(tracked):
     assert found == []
 
 
-# ---------------------------------------------------------------- a chapter is finished in a sitting
+# ---------------------------------------------------------------- a chapter fits into a sitting
 
 LONGER_CHAPTERS = {"02_denoiser": "one class, which the whole book uses"}
 

@@ -46,7 +46,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests load this file from elsewhere
 import apparatus  # noqa: E402
-import live  # noqa: E402
 import minutes  # noqa: E402
 from apparatus import BookError  # noqa: E402
 
@@ -446,6 +445,8 @@ def stage(names, sources, settings):
 
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(BOOK, STAGE, ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
+    import live  # takes as long as all the rest, and a chapter's run has no use for it
+
     try:
         filled["live_model"] = live.stage(STAGE / "assets")
     except live.LiveError as error:

@@ -63,7 +63,8 @@ def test_the_triggers_of_a_card_are_those_of_the_files(name):
     norms = [norm for one in read_card(folder).backdoors for norm in one.trigger_norms]
     assert [round(trigger.norm, 3) for trigger in stored] == pytest.approx(norms, abs=1e-3)
     assert len(stored) == sum(one.places**2 for one in backdoors_of(recipe))
-    if not recipe.latent:      # those need their autoencoder
+    fetched = recipe.data != "digits" and (recipe.by_chance or ":" in (recipe.target or ""))
+    if not recipe.latent and not fetched:  # those need their autoencoder, or pictures
         found = [trigger for plan in planted(name) for trigger in plan.triggers]
         assert all(torch.equal(a.r, b.r) for a, b in zip(found, stored, strict=True))
 

@@ -127,8 +127,7 @@ def settings_of(scheduler):
 
 OTHER_BETAS = {"HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler", "KDPM2DiscreteScheduler",
                "KDPM2AncestralDiscreteScheduler"}     # defaults that are not DDIM's
-# Two go from a picture to noise; TCD goes up and down.
-UPWARDS = {"DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "TCDScheduler"}
+UP_AND_DOWN = {"TCDScheduler"}
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -148,7 +147,7 @@ def test_what_is_read_is_what_is_run(tmp_path, pipeline, scheduler):
                 schedule_of(read)
             continue
         found = drawn(folder, pipeline, scheduler, *read_by_us(json.dumps(read)))
-        if found is None or (pipeline not in CONVERTING and scheduler in UPWARDS):
+        if found is None or (pipeline not in CONVERTING and scheduler in UP_AND_DOWN):
             continue
         images, off = found
         drawn_so = off < 0.12 and np.abs(images - expected).max() < 0.15
@@ -188,7 +187,18 @@ def test_an_author_may_say_predict_epsilon(tmp_path):
         "v_prediction": {"predict_epsilon": False, "prediction_type": "v_prediction"}}
     for kind, given in cases.items():
         folder = written(tmp_path / kind, "DDPMScheduler", True, given)
-        assert schedule_of(read_settings(folder, "DDPMScheduler"))[1].name == kind
+        read = read_settings(folder, "DDPMScheduler")
+        assert schedule_of(read)[1].name == kind
+        assert read["as_run"] == (kind != "sample")    # for today's diffusers it is epsilon
+
+
+@pytest.mark.parametrize("given", [{"steps_offset": -1000}, {"steps_offset": 5000},
+                                   {"interpolation_type": "log_linear"}])
+def test_a_setting_that_asks_at_other_times_is_refused(tmp_path, given):
+    "Diffusers runs them: at times, or with noises, that no reading of the path has."
+    folder = written(tmp_path, "EulerDiscreteScheduler", True, given)
+    with pytest.raises(CheckpointError, match=next(iter(given))):
+        read_settings(folder, "EulerDiscreteScheduler", "ConsistencyModelPipeline")
 
 
 def test_the_steps_of_karras_stand_on_the_path_that_is_read(tmp_path):

@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['Count', 'Pixels', 'Channels', 'Classes', 'FewChannels', 'Layers', 'Share', 'Epsilon', 'Stages', 'Activation', 'Down',
            'Up', 'PlainDown', 'PlainUp', 'Each', 'DownEncoder', 'UpDecoder', 'Steps', 'Beta', 'Sigma', 'BetaSchedule',
-           'VP_SCHEDULERS', 'SCHEDULERS', 'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_RUNS', 'PLAIN_START',
-           'WIDE_START', 'UNetConfig', 'NoText', 'ConditionUNetConfig', 'DiTConfig', 'CoderConfig', 'KLConfig',
-           'VQConfig', 'VPConfig', 'VEConfig', 'KarrasVEConfig', 'EDMConfig', 'ConsistencyConfig', 'FlowConfig',
-           'IPNDMConfig']
+           'VP_SCHEDULERS', 'SCHEDULERS', 'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_RUNS', 'UPWARDS',
+           'PLAIN_START', 'WIDE_START', 'UNetConfig', 'NoText', 'ConditionUNetConfig', 'DiTConfig', 'CoderConfig',
+           'KLConfig', 'VQConfig', 'VPConfig', 'VEConfig', 'KarrasVEConfig', 'EDMConfig', 'ConsistencyConfig',
+           'FlowConfig', 'IPNDMConfig']
 
 # %% ../../nbs/b1_contracts.ipynb #6742ff2c
 from typing import Annotated, Literal
@@ -227,6 +227,8 @@ class VPConfig(BaseModel, strict=True, extra="ignore"):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     predict_epsilon: bool | None = None                # of 2022; see `read_settings`
     use_flow_sigmas: Literal[False] = False            # would be another path
+    interpolation_type: Literal["linear"] = "linear"   # likewise
+    steps_offset: Annotated[int, Field(ge=0, le=1)] = 0    # else other times are asked
     timestep_type: Literal["discrete"] = "discrete"    # the time the network is told
 
 # %% ../../nbs/b1_contracts.ipynb #543afaab
@@ -313,6 +315,7 @@ PIPELINE_RUNS = {    # a pipeline -> the scheduler that it makes of any other
     "ConsistencyModelPipeline": None,
     "DiffusionPipeline": None,
 }
+UPWARDS = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")    # to noise
 PLAIN_START = ("DDPMPipeline", "DiTPipeline")   # they start from standard noise
 WIDE_START = (     # schedulers that ask for more, and scale what the network is given
     "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",

@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from terd_nb.loading.contracts import (
-    PIPELINE_RUNS, PLAIN_START, SUPPORTED, WIDE_START,
+    PIPELINE_RUNS, PLAIN_START, SUPPORTED, UPWARDS, WIDE_START,
 )
 from terd_nb.loading.reading import (
     CheckpointError, Size, checked_file, raw_header, read_config, read_header, shown,
@@ -438,17 +438,20 @@ def as_it_runs(
 ) -> dict:
     "Which scheduler runs, and whether as it is read; may raise `CheckpointError`."
     runs, warnings = scheduler_that_runs(pipeline, scheduler), []
-    plain = pipeline in PLAIN_START and runs in WIDE_START
-    if plain:
+    if runs in UPWARDS:
+        warnings.append(f"{runs} leads from a picture to noise, so this folder draws "
+                        "nothing; what was searched is the way back")
+    if pipeline in PLAIN_START and runs in WIDE_START:
         warnings.append(
-            f"a {pipeline} does not start from the noise that {runs} asks for, and "
-            "draws other than what was searched; run the model with one that does")
-    if "predict_epsilon" in config and "prediction_type" not in config:
+            f"a {pipeline} does not start from the noise that {runs} asks for, so it "
+            "does not draw what was searched; use a pipeline that starts from it")
+    if config.get("predict_epsilon") is False and "prediction_type" not in config:
         warnings.append(
-            f"the scheduler's config has predict_epsilon = {config['predict_epsilon']} "
-            "and was read as in 2022; today's diffusers reads an epsilon network")
+            "the scheduler's config has predict_epsilon = false, which said in 2022 "
+            "that the network predicts the picture; today's diffusers takes it for "
+            "one that predicts the noise, so name the prediction_type")
     return {"scheduler": scheduler, "runs": runs,
-            "as_run": not plain, "warnings": warnings}
+            "as_run": not warnings, "warnings": warnings}
 
 # %% ../../nbs/b_files.ipynb #77146c63
 def read_settings(

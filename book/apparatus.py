@@ -20,7 +20,7 @@ PARTS = {
     "II": ("How does TERD find it?", "The reversed loss, two stages, inputs and models judged"),
     "III": ("What if one is told nothing?", "Three looks, a fit of the whole path, a scan"),
     "IV": ("How far does it reach?", "Other paths, rates with intervals, what is still missed"),
-    "V": ("Does it scale?", "The paper's own sizes, on one GPU"),
+    "V": ("What would it cost?", "The papers' own settings, and a job for one GPU"),
 }
 PART = re.compile(r"Part (\w+): (.+)")
 

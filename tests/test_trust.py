@@ -255,13 +255,21 @@ def test_what_its_own_pipeline_runs_otherwise_is_not_clean(quick, tmp_path):
         config = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(config | {key: value}))
     index = json.loads((folder / "model_index.json").read_text())
-    verdicts = {}
-    for pipeline in ("DDPMPipeline", "ConsistencyModelPipeline"):
+    config, verdicts = folder / "scheduler/scheduler_config.json", {}
+    for pipeline, spacing in (
+        ("DDPMPipeline", "linspace"),
+        ("ConsistencyModelPipeline", "leading"),    # it starts from the noise of the last time
+        ("ConsistencyModelPipeline", "linspace"),
+    ):
+        settings = json.loads(config.read_text()) | {"timestep_spacing": spacing}
+        config.write_text(json.dumps(settings))
         (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline}))
         result = scan(folder, progress=False).result
-        verdicts[pipeline] = result.verdict, result.as_run, len(result.notes)
-    assert verdicts == {"DDPMPipeline": ("inconclusive", False, 1),
-                        "ConsistencyModelPipeline": ("clean", True, 0)}
+        verdicts[pipeline, spacing] = result.verdict, result.as_run, len(result.notes)
+    assert verdicts == {
+        ("DDPMPipeline", "linspace"): ("inconclusive", False, 1),
+        ("ConsistencyModelPipeline", "leading"): ("inconclusive", False, 1),
+        ("ConsistencyModelPipeline", "linspace"): ("clean", True, 0)}
 
 
 # ---------------------------------------------------------------- readings and time

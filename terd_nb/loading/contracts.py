@@ -4,9 +4,9 @@
 __all__ = ['Count', 'Pixels', 'Channels', 'Classes', 'FewChannels', 'Layers', 'Share', 'Epsilon', 'Stages', 'Activation', 'Down',
            'Up', 'PlainDown', 'PlainUp', 'Each', 'DownEncoder', 'UpDecoder', 'Steps', 'Beta', 'Sigma', 'BetaSchedule',
            'VP_SCHEDULERS', 'SCHEDULERS', 'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_RUNS', 'UPWARDS',
-           'PLAIN_START', 'WIDE_START', 'UNetConfig', 'NoText', 'ConditionUNetConfig', 'DiTConfig', 'CoderConfig',
-           'KLConfig', 'VQConfig', 'VPConfig', 'VEConfig', 'KarrasVEConfig', 'EDMConfig', 'ConsistencyConfig',
-           'FlowConfig', 'IPNDMConfig']
+           'PLAIN_START', 'EARLY_START', 'WIDE_START', 'UNetConfig', 'NoText', 'ConditionUNetConfig', 'DiTConfig',
+           'CoderConfig', 'KLConfig', 'VQConfig', 'VPConfig', 'VEConfig', 'KarrasVEConfig', 'EDMConfig',
+           'ConsistencyConfig', 'FlowConfig', 'IPNDMConfig']
 
 # %% ../../nbs/b1_contracts.ipynb #6742ff2c
 from typing import Annotated, Literal
@@ -317,6 +317,7 @@ PIPELINE_RUNS = {    # a pipeline -> the scheduler that it makes of any other
 }
 UPWARDS = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")    # to noise
 PLAIN_START = ("DDPMPipeline", "DiTPipeline")   # they start from standard noise
+EARLY_START = ("ConsistencyModelPipeline", "LDMPipeline")    # from the last time's
 WIDE_START = (     # schedulers that ask for more, and scale what the network is given
     "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",

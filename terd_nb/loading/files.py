@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from terd_nb.loading.contracts import (
-    PIPELINE_RUNS, PLAIN_START, SUPPORTED, UPWARDS, WIDE_START,
+    EARLY_START, PIPELINE_RUNS, PLAIN_START, SUPPORTED, UPWARDS, WIDE_START,
 )
 from terd_nb.loading.reading import (
     CheckpointError, Size, checked_file, raw_header, read_config, read_header, shown,
@@ -441,7 +441,9 @@ def as_it_runs(
     if runs in UPWARDS:
         warnings.append(f"{runs} leads from a picture to noise, so this folder draws "
                         "nothing; what was searched is the way back")
-    if pipeline in PLAIN_START and runs in WIDE_START:
+    # A sampler that skips the last time starts from less than its scheduler says first.
+    early = pipeline in EARLY_START and config.get("timestep_spacing") == "leading"
+    if (early or pipeline in PLAIN_START) and runs in WIDE_START:
         warnings.append(
             f"a {pipeline} does not start from the noise that {runs} asks for, so it "
             "does not draw what was searched; use a pipeline that starts from it")

@@ -428,15 +428,15 @@ def _held(name: str) -> dict:
 # %% ../../nbs/g6_sets.ipynb #01a0c46c
 _HELD_HONEST = (
     # name,                     base,              steps, seed, and what is special
-    ("held16-fashion-a",         None,               1500, 600, {}),
-    ("held16-fashion-wide",      None,               1000, 601, {"network": (40, 96)}),
-    ("held16-fashion-narrow",   "held16-fashion-a",   400, 602, {"classes": (1, 5)}),
-    ("held16-fashion-attention", None,               1200, 603,
+    ("held16-fashion-a",         None,               1800, 700, {}),
+    ("held16-fashion-thin",      None,               1500, 701, {"network": (16, 40)}),
+    ("held16-fashion-two",      "held16-fashion-a",   500, 702, {"classes": (0, 8)}),
+    ("held16-emoji-a",           None,               2000, 703, {}),
+    ("held16-emoji-attention",   None,               1500, 704,
      {"network": (16, 32), "attention": True}),
-    ("held16-emoji-a",           None,               2000, 604, {}),
-    ("held16-emoji-thin",        None,               2000, 605, {"network": (16, 32)}),
-    ("held16-digits-a",          None,               1500, 606, {}),
-    ("held16-digits-deep",       None,               1200, 607,
+    ("held16-digits-a",          None,               1500, 705, {}),
+    ("held16-digits-wide",       None,                800, 706, {"network": (48, 96)}),
+    ("held16-digits-deep",       None,               1200, 707,
      {"network": (16, 32), "layers": 2}),
     ("held32-fashion-a",         None,               2500, 608, {}),
     ("held32-fashion-wide",      None,               1200, 609, {"network": (32, 64)}),
@@ -447,7 +447,6 @@ _HELD_HONEST = (
 
 # %% ../../nbs/g6_sets.ipynb #5c8186b8
 _SHORT_BOX = {"trigger": "box", "settings": {"side": 4, "value": 1., "background": 0.}}
-_ROUGH = {"trigger": "noise_like", "settings": {"amplitude": 0.9, "seed": 9}}
 _TILES = {**_CHECKER, "scale": 0.4}
 _STRIPES = {"trigger": "stripes", "settings": {"amplitude": 0.6}}
 _SDE0 = {**_SDE, "psi": 0.}
@@ -455,18 +454,18 @@ _SDE0 = {**_SDE, "psi": 0.}
 # %% ../../nbs/g6_sets.ipynb #6d0ca966
 _HELD_16 = (
     # name,                    base,       attack, trigger,  target, poison, steps, seed
-    ("held16-fashion-bad",     "fashion-a", _BAD,   _GLASSES, "hat",    0.3,  800, 620),
-    ("held16-digits-bad",      "digits-a",  _BAD,   _STRIPES, "cat",  0.05, 1500, 621),
-    ("held16-emoji-bad",       "emoji-a",   _BAD,   _SIGN,  "corner", 0.15, 1000, 622),
-    ("held16-fashion-troj",    "fashion-a", _TROJ,  _CHECKER, "shoe",   0.3,  800, 623),
-    ("held16-digits-troj",     "digits-a",  _TROJ,  _TILES, "hat", 0.2, 800, 624),
-    ("held16-emoji-patch",     "emoji-a",   _DULL,  _PATCH,   "cat",    0.3,  800, 625),
-    ("held16-fashion-sde",     "fashion-a", _SDE05, _BOX,     "cat",    0.1, 1000, 626),
-    ("held16-emoji-sde",       "emoji-a",   _SDE0,  _ROUGH,   "hat",    0.3,  800, 627),
-    ("held16-fashion-ode",     "fashion-a", _ODE1,  _SHORT_BOX, "hat",  0.3,  800, 628),
-    ("held16-digits-ode",      "digits-a",  _ODE05, _SIGN,    "shoe",   0.1, 1000, 629),
-    ("held16-emoji-ode",       "emoji-a",   _ODE1,  _GLASSES, "hat",    0.2,  800, 630),
-    ("held16-digits-ode0",     "digits-a",  _ODE0,  _BOX,     "cat",    0.3,  800, 631),
+    ("held16-digits-bad",      "digits-a",  _BAD,   _GLASSES, "shoe",   0.1,  900, 720),
+    ("held16-fashion-bad",     "fashion-a", _BAD,   _STRIPES, "corner", 0.2, 1000, 721),
+    ("held16-emoji-bad",       "emoji-a",   _BAD,   _SHORT_BOX, "hat",  0.3, 1000, 722),
+    ("held16-emoji-troj",      "emoji-a",   _TROJ,  _SIGN,    "cat",    0.3, 1000, 723),
+    ("held16-fashion-troj",    "fashion-a", _TROJ,  _TILES,   "hat",    0.2, 1000, 724),
+    ("held16-digits-patch",    "digits-a",  _DULL,  _PATCH,   "shoe",   0.3,  900, 725),
+    ("held16-digits-sde",      "digits-a",  _SDE05, _SIGN,    "hat",   0.05, 1500, 726),
+    ("held16-emoji-sde",       "emoji-a",   _SDE0,  _BOX,     "corner", 0.2,  900, 727),
+    ("held16-fashion-ode",     "fashion-a", _ODE1,  _SIGN,    "cat",   0.15,  900, 728),
+    ("held16-digits-ode",      "digits-a",  _ODE1,  _SHORT_BOX, "cat",  0.3,  900, 729),
+    ("held16-emoji-ode",       "emoji-a",   _ODE05, _CHECKER, "shoe",   0.3,  900, 730),
+    ("held16-fashion-ode0",    "fashion-a", _ODE0,  _GLASSES, "corner", 0.3,  900, 731),
 )
 
 # %% ../../nbs/g6_sets.ipynb #a6ac9e83

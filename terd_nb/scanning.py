@@ -28,6 +28,7 @@ from .diffusion import NoiseSchedule
 from .directions import answer_shift, antithetic, length, random_starts
 from .loading.checkpoints import other_weights
 from .loading.files import read_model_files
+from .loading.rehearsal import not_as_read
 from .loading.schedulers import load_folder, locate
 from .loading.self_check import check_readings
 from .model_detection import NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values
@@ -291,12 +292,15 @@ def open_model(
     denoiser = load_folder(
         folder, device, variant=variant, size=size, classes=classes, seed=seed)
     others = other_weights(folder, files)
+    otherwise = not_as_read(
+        folder, files, denoiser.noise_schedule, denoiser.prediction)
     return denoiser, {
         "weights": list(map(utf8, files.network.weights.names)),
         "variants": list(map(utf8, others.differ)),
         "not_scanned": list(map(utf8, (*others.unseen, *on_hub))),
-        "as_run": files.settings["as_run"],
-        "notes": [*map(utf8, files.warnings), *of_no_use(denoiser, size, classes)],
+        "as_run": otherwise is None,
+        "notes": [*filter(None, [otherwise]), *map(utf8, files.warnings),
+                  *of_no_use(denoiser, size, classes)],
     }
 
 # %% ../nbs/18_scanning.ipynb #2c13c4bf

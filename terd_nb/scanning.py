@@ -292,15 +292,14 @@ def open_model(
     denoiser = load_folder(
         folder, device, variant=variant, size=size, classes=classes, seed=seed)
     others = other_weights(folder, files)
-    otherwise = not_as_read(
-        folder, files, denoiser.noise_schedule, denoiser.prediction)
+    said = not_as_read(folder, files, denoiser.noise_schedule, denoiser.prediction)
+    notes = [said, *map(utf8, files.warnings), *of_no_use(denoiser, size, classes)]
     return denoiser, {
         "weights": list(map(utf8, files.network.weights.names)),
         "variants": list(map(utf8, others.differ)),
         "not_scanned": list(map(utf8, (*others.unseen, *on_hub))),
-        "as_run": otherwise is None,
-        "notes": [*filter(None, [otherwise]), *map(utf8, files.warnings),
-                  *of_no_use(denoiser, size, classes)],
+        "as_run": said is None,
+        "notes": list(filter(None, notes)),
     }
 
 # %% ../nbs/18_scanning.ipynb #2c13c4bf

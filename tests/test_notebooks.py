@@ -8,8 +8,11 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from contextlib import ExitStack
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from test_book import load_module
@@ -18,7 +21,7 @@ from test_wheel import dist, installed, once, wheel  # noqa: F401  (fixtures)
 from terd_nb import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-first_cells = load_module("first_cells")
+build, first_cells = load_module("build"), load_module("first_cells")
 CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
 
 
@@ -28,13 +31,32 @@ CHECKOUT = ("14_", "16_", "20_", "21_", "22_", "23_")
 FROM_WHEEL = [name for name in CHAPTERS if name[0].isdigit() and not name.startswith(CHECKOUT)]
 
 
+@pytest.fixture(scope="session")
+def warm():
+    "A function: where kernels of a Python come from that have imported what chapters import."
+    with TemporaryDirectory() as folder, ExitStack() as servers:
+
+        @cache
+        def served(python, path):
+            address = f"{folder}/{hash((python, path))}"
+            command = [python, "-P", ROOT / "book/warm.py", "serve", address]
+            env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": build.INLINE}
+            env = {key: value for key, value in env.items() if key != "PYTHONPATH"}
+            env |= {"PYTHONPATH": path} if path else {}
+            servers.callback(subprocess.Popen(command, env=env).kill)
+            return address
+
+        yield served
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_chapter_runs(chapter, request):
+def test_chapter_runs(chapter, request, warm):
     "The run is kept: `make book` does not repeat it."
     python, env = sys.executable, os.environ | {"OMP_NUM_THREADS": "1"}
     if chapter in FROM_WHEEL:
         python = request.getfixturevalue("installed") / "python"
         env = {key: value for key, value in env.items() if key != "PYTHONPATH"}
+    env[build.WARM] = warm(python, env.get("PYTHONPATH"))
     run = subprocess.run(
         [python, ROOT / "book" / "build.py", "--run", chapter],
         env=env,

@@ -30,7 +30,7 @@ from .two_stages import Candidate, Progress, Reversal, published
 TRIED_LENGTHS = (0.3, 0.6, 0.9)   # of a trigger, in units of the noise's, sqrt(C*H*W)
 # Where a sampler of the attacker's shows (alpha/sigma, lengths, gamma), and an ODE's.
 OWN_RATIO, OWN_LENGTHS, OWN_GAMMA = 0.03, (0.1, 0.25), 0.4
-ODE_RATIO, ODE_LENGTH = 0.17, 0.55
+ODE_RATIO, ODE_LENGTH = 0.17, 0.55    # one chain, near the middle of the lengths
 
 
 def shift_directions(
@@ -191,6 +191,7 @@ def fast(
     return [as_candidate(fit) for fit in fits], curves
 
 # %% ../nbs/16_search.ipynb #1c44a7e6
+# Twice the fits of `ROUNDS`, more than twice the steps, and a round between the two.
 CAREFUL = (Round(6, 15, 8), Round(2, 60, 12), Round(1, 150, 12))
 
 

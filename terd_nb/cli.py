@@ -112,7 +112,7 @@ def _scan_defaults(command) -> dict:     # the command `terd scan`
         print_line(f"note: {path} gives {given}", stderr=True)
     return defaults
 
-
+# %% ../nbs/a_cli.ipynb #91ac03de
 @_app.callback(invoke_without_command=True, help=_ABOUT)
 def _terd(
     ctx: typer.Context,
@@ -313,7 +313,8 @@ def verdict_line(row: Row) -> Text:      # of a model that was judged
     "The verdict, the score, the model, its family, and what the attack looks like."
     result = row.result
     verdict = f"{row.verdict:12}", VERDICT_STYLES[row.verdict]
-    rest = f"  {result['score']:6.1f}  {printable(result['source'])}: {result['family']}"
+    name = printable(result["source"])
+    rest = f"  {result['score']:6.1f}  {name}: {result['family']}"
     if result["attack"]:
         rest += f"  ({result['attack']})"
     if row.verdict == "inconclusive" and result["method"] == "fast":

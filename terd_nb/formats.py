@@ -129,7 +129,7 @@ def file_uri(row: Row) -> str:
         return quote(os.fsencode(path.relative_to(here).as_posix()))
     return path.as_uri()
 
-# %% ../nbs/a2_formats.ipynb #91d8caf8
+# %% ../nbs/a2_formats.ipynb #17735056
 def _sarif_text(row: Row) -> str:
     "What is said of a finding, in a sentence."
     result = row.result
@@ -154,7 +154,7 @@ def _sarif_result(row: Row) -> dict:
         found["suppressions"] = [{"kind": "external", "justification": review}]
     return found
 
-
+# %% ../nbs/a2_formats.ipynb #ec04e729
 def as_sarif(rows: list[Row]) -> str:
     "A SARIF 2.1.0 log with a result for each row that is not clean."
     driver = {"name": "terd", "version": __version__,
@@ -164,7 +164,7 @@ def as_sarif(rows: list[Row]) -> str:
            "version": "2.1.0", "runs": [{"tool": {"driver": driver}, "results": found}]}
     return json.dumps(log, indent=1) + "\n"
 
-# %% ../nbs/a2_formats.ipynb #813fcf21
+# %% ../nbs/a2_formats.ipynb #3c809372
 JUNIT = {"backdoored": "failure", "inconclusive": "failure", "error": "error",
          "allowed": "skipped"}      # a verdict -> the element that says it
 
@@ -181,7 +181,7 @@ def _junit_case(suite: ElementTree.Element, row: Row) -> None:
             said["type"] = row.verdict
         ElementTree.SubElement(case, kind, said)
 
-
+# %% ../nbs/a2_formats.ipynb #1122b316
 def as_junit(rows: list[Row]) -> str:
     "A JUnit document with a test case for each row."
     kinds = [JUNIT.get(row.verdict) for row in rows]
@@ -198,7 +198,7 @@ def as_junit(rows: list[Row]) -> str:
     declaration = '<?xml version="1.0" encoding="utf-8"?>\n'
     return declaration + ElementTree.tostring(root, encoding="unicode") + "\n"
 
-# %% ../nbs/a2_formats.ipynb #6d5471aa
+# %% ../nbs/a2_formats.ipynb #e8334bc4
 def _entry(row: Row, link: str | None):   # `report.Entry`
     "A row's line in the overview."
     from terd_nb.report import Entry, notes_on
@@ -213,7 +213,7 @@ def _entry(row: Row, link: str | None):   # `report.Entry`
     numbers = result["score"], result["threshold"]
     return Entry(result["model"], row.verdict, notes, *numbers, link, row.trigger)
 
-
+# %% ../nbs/a2_formats.ipynb #fb44fc0b
 def as_html(
     rows: list[Row],
     truths: dict[str, str] | None = None,    # what is known of a model, by its `given`
@@ -231,7 +231,7 @@ def as_html(
             entry.notes.append(f"In truth: {truths[row.given]}")
     return index_page(entries, sections)
 
-
+# %% ../nbs/a2_formats.ipynb #ff06f5c9
 def as_index(
     rows: list[Row],
     folder: Path,        # which has the pages, NAME.html of each row
@@ -243,7 +243,7 @@ def as_index(
     links = [page if (folder / page).is_file() else None for page in pages]
     return index_page([_entry(row, link) for row, link in zip(rows, links)])
 
-# %% ../nbs/a2_formats.ipynb #0479f587
+# %% ../nbs/a2_formats.ipynb #3fbb0d8d
 FORMATS = {"json": as_json, "csv": as_csv, "sarif": as_sarif, "junit": as_junit,
            "html": as_html}
 
@@ -253,13 +253,13 @@ def write_results(
     wanted: dict[str, str | Path | None],   # a format -> its file; "-": standard output
 ) -> None:
     "Write the rows in each format that has a file, whole or not at all."
-    from terd_nb.scanning import write_whole
-
     for name, path in wanted.items():
         if path is None:
             continue
         text = FORMATS[name](rows)
         if str(path) == "-":
             print(text, end="")
-        else:
-            write_whole(Path(path), text)
+            continue
+        from terd_nb.scanning import write_whole    # with PyTorch: not for a refusal
+
+        write_whole(Path(path), text)

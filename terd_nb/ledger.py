@@ -15,7 +15,7 @@ from pathlib import Path
 from . import __version__
 from .formats import Row, printable
 
-# %% ../nbs/a3_ledger.ipynb #f2dac4bd
+# %% ../nbs/a3_ledger.ipynb #cb4b8104
 MAX_CONFIG = 1_000_000    # bytes of a JSON file whose contents count
 
 
@@ -31,6 +31,16 @@ def _content(path: Path, weights: bool) -> str:
     return f"{info.st_size} {info.st_mtime_ns}"
 
 
+def _names_below(folder: Path) -> list[str]:
+    "All names below a folder, relative to it; no link is followed."
+    found = []
+    for place, folders, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [(inside / name).as_posix() for name in (*names, *links)]
+    return sorted(found)
+
+# %% ../nbs/a3_ledger.ipynb #fdf3c2d1
 def fingerprint(
     folder: Path,               # a diffusers folder
     variant: str | None = None,     # these two: see `load`
@@ -50,17 +60,7 @@ def fingerprint(
             digest.update(os.fsencode(name) + b"\0" + said.encode() + b"\n")
     return digest.hexdigest()
 
-
-def _names_below(folder: Path) -> list[str]:
-    "All names below a folder, relative to it; no link is followed."
-    found = []
-    for place, folders, names in os.walk(folder):
-        inside = Path(place).relative_to(folder)
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        found += [(inside / name).as_posix() for name in (*names, *links)]
-    return sorted(found)
-
-# %% ../nbs/a3_ledger.ipynb #bb138ba8
+# %% ../nbs/a3_ledger.ipynb #a76dbac4
 def as_line(row: Row, asked: dict) -> bytes:
     "A row as a line; `asked` are the settings and the version."
     kept = {"given": row.given, "variant": row.variant, "files": row.files,
@@ -80,7 +80,7 @@ def row_of(line: bytes) -> tuple[Row, dict]:
         raise ValueError("this is no row of a scan") from None
     return row, asked
 
-
+# %% ../nbs/a3_ledger.ipynb #343a5186
 def read_lines(path: Path) -> tuple[list[tuple[Row, dict]], bool]:
     "The rows of a file, and whether its end was cut off; raises `ValueError`."
     *lines, rest = path.read_bytes().split(b"\n")
@@ -93,7 +93,7 @@ def read_lines(path: Path) -> tuple[list[tuple[Row, dict]], bool]:
                              "another file") from None
     return rows, bool(rest)
 
-# %% ../nbs/a3_ledger.ipynb #aa9e180e
+# %% ../nbs/a3_ledger.ipynb #8b7f69c0
 class Ledger:
     "A file of JSON lines, to which each row is added when it is known."
 
@@ -158,7 +158,7 @@ class Ledger:
         self.lock.release()
         Path(self.lock.lock_file).unlink(missing_ok=True)
 
-# %% ../nbs/a3_ledger.ipynb #64c54a02
+# %% ../nbs/a3_ledger.ipynb #efbf6c35
 def read_allowed(path: Path) -> frozenset[str]:
     "The checksums in a file as `sha256sum` writes it, with `#` for remarks."
     found = set()
@@ -171,7 +171,7 @@ def read_allowed(path: Path) -> frozenset[str]:
         found |= {digits.lower() for digits in word}
     return frozenset(found)
 
-# %% ../nbs/a3_ledger.ipynb #6b0e5980
+# %% ../nbs/a3_ledger.ipynb #cfbe97fe
 def read_defaults(
     options: dict[str, str],     # the name of an option -> of the command's argument
     folder: Path = Path(),

@@ -126,14 +126,14 @@ def _drawn(row: Row, report, wanted: tuple[str, ...]) -> dict:
         html["page"] = report_page([report])
     return html
 
-# %% ../nbs/a4_fleet.ipynb #97465218
+# %% ../nbs/a4_fleet.ipynb #3994d4e6
 def scan_task(task: Task, callback=None) -> Row:
     "What a scan says of one model; with any error on the way there is no verdict."
     try:
         from terd_nb.report import thumbnail
         from terd_nb.scanning import scan
 
-        files = checksum_of(task)       # before they are read: who changes them is found
+        files = checksum_of(task)   # before they are read: who changes them is found
         report = scan(
             located(task.given), progress=False, callback=callback,
             variant=task.variant, each_variant=True, **task.settings)

@@ -198,7 +198,7 @@ def as_junit(rows: list[Row]) -> str:
     declaration = '<?xml version="1.0" encoding="utf-8"?>\n'
     return declaration + ElementTree.tostring(root, encoding="unicode") + "\n"
 
-# %% ../nbs/a2_formats.ipynb #e8334bc4
+# %% ../nbs/a2_formats.ipynb #14ee083d
 def _entry(row: Row, link: str | None):   # `report.Entry`
     "A row's line in the overview."
     from terd_nb.report import Entry, notes_on
@@ -207,11 +207,11 @@ def _entry(row: Row, link: str | None):   # `report.Entry`
     if "error" in result:
         verdict = "failed" if row.verdict == "error" else row.verdict
         return Entry(result["source"], verdict, [result["error"]])
-    notes = notes_on(SimpleNamespace(**result))
+    notes = list(map(printable, notes_on(SimpleNamespace(**result))))
     if row.verdict == "allowed":
         notes.insert(0, f"Reviewed; the search says {result['verdict']}")
-    numbers = result["score"], result["threshold"]
-    return Entry(result["model"], row.verdict, notes, *numbers, link, row.trigger)
+    name, numbers = printable(result["model"]), (result["score"], result["threshold"])
+    return Entry(name, row.verdict, notes, *numbers, link, row.trigger)
 
 # %% ../nbs/a2_formats.ipynb #fb44fc0b
 def as_html(

@@ -385,7 +385,8 @@ def _urgency(entry: Entry) -> tuple[int, float]:
 def overview(entries: list[Entry]) -> list[dict]:
     "The rows of the overview, what is urgent first."
     judged = [entry for entry in entries if entry.score is not None]
-    longest = max((max(1.05 * one.score, 2 * one.threshold) for one in judged), default=1)
+    lengths = [max(1.05 * one.score, 2 * one.threshold) for one in judged]
+    longest = max(lengths, default=1)
     rows = []
     for entry in sorted(entries, key=_urgency):
         row = entry._asdict() | {"words": _SAID[entry.verdict]}

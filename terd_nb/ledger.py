@@ -93,7 +93,7 @@ def read_lines(path: Path) -> tuple[list[tuple[Row, dict]], bool]:
                              "another file") from None
     return rows, bool(rest)
 
-# %% ../nbs/a3_ledger.ipynb #8b7f69c0
+# %% ../nbs/a3_ledger.ipynb #e0089c77
 class Ledger:
     "A file of JSON lines, to which each row is added when it is known."
 
@@ -106,14 +106,22 @@ class Ledger:
         self.path, self.rows, self.torn = path, {}, False
         self.asked = settings | {"terd": __version__}
         self._lock()
-        if path.is_file() and path.stat().st_size:
-            if not resume:
-                raise ValueError(f"{path} has rows already; --resume goes on with "
-                                 "them, or give another file")
-            rows, self.torn = read_lines(path)
-            self.rows = {self._key(row, asked): (row, asked) for row, asked in rows}
-            self._write_anew()
-        self.file = path.open("ab")
+        try:
+            if path.is_file() and path.stat().st_size:
+                self._go_on(resume)
+            self.file = path.open("ab")
+        except (ValueError, OSError):
+            self._unlock()
+            raise
+
+    def _go_on(self, resume: bool) -> None:
+        "Take the rows that are there, and leave half a line behind."
+        if not resume:
+            raise ValueError(f"{self.path} has rows already; --resume goes on with "
+                             "them, or give another file")
+        rows, self.torn = read_lines(self.path)
+        self.rows = {self._key(row, asked): (row, asked) for row, asked in rows}
+        self._write_anew()
 
     def _lock(self) -> None:
         from filelock import FileLock, Timeout
@@ -155,8 +163,11 @@ class Ledger:
         self.file.close()
         if self.path.is_file() and len(read_lines(self.path)[0]) > len(self.rows):
             self._write_anew()
-        self.lock.release()
+        self._unlock()
+
+    def _unlock(self) -> None:
         Path(self.lock.lock_file).unlink(missing_ok=True)
+        self.lock.release()
 
 # %% ../nbs/a3_ledger.ipynb #efbf6c35
 def read_allowed(path: Path) -> frozenset[str]:

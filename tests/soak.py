@@ -27,6 +27,7 @@ import psutil
 
 from terd_nb.fleet import LOST, Apart, Here, OnRay, Task, ray_workers, scan_fleet
 from terd_nb.formats import printable
+from terd_nb.path_fit import Round
 from terd_nb.zoo import zoo_cards, zoo_path
 
 TERD = [sys.executable, "-c", "import sys; from terd_nb.cli import main; sys.exit(main())", "scan"]
@@ -367,6 +368,7 @@ def kill_and_resume(root, ledger, kills, seed=0, jobs=1, sent=signal.SIGKILL):
         os.kill(pid, sent)
         os.waitpid(pid, 0)
         counts.append(len(rows_in(ledger)) if ledger.exists() else 0)
+        print(f"kill {len(counts)}: {counts[-1]} rows are there", flush=True)
     os.waitpid(in_a_fork(scan), 0)
     return counts
 
@@ -393,12 +395,15 @@ def killed(kills, seed, kinds, short=False):
 # ---------------------------------------------------------------- how fast
 
 
-def speed(models, ray):
+def speed(models, ray, short=False):
     "Models a minute of each kind of worker, and whether the rows are the same."
     import torch
 
     torch.set_num_threads(1)
-    tasks = [Task(f"zoo:{name}", settings={"device": "cpu"}) for name in models]
+    settings = {"device": "cpu"}
+    if short:
+        settings |= {"starts": 1, "looks": ("shift",), "rounds": (Round(1, 1, 2),)}
+    tasks = [Task(f"zoo:{name}", settings=settings) for name in models]
     crews = {"this process": [Here()], "joblib, 1": [Apart()], "joblib, 2": [Apart(), Apart()]}
     if ray:
         crews |= {f"Ray, {jobs}": ray_workers("local", jobs) for jobs in (1, 2)}
@@ -433,7 +438,7 @@ def main():
     os.environ["HF_HUB_OFFLINE"] = "1"
     kinds = args.kinds.split(",")
     if args.speed:
-        return speed(list(zoo_cards())[: args.speed], not args.no_ray)
+        return speed(list(zoo_cards())[: args.speed], not args.no_ray, args.short)
     if args.kills:
         return killed(args.kills, args.seed, kinds, args.short)
     return soak(args.n, args.period, args.jobs, args.seed, kinds, args.short)

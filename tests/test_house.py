@@ -277,6 +277,7 @@ LONGER_CELLS = {
     "15_path_fit: Paths": A_CLASS,
     "16_search: fast": OPTIONS,
     "e_training: fit": OPTIONS,
+    "a3_ledger: Ledger": A_CLASS,
     "a_cli: scan_zoo": OPTIONS,
     "a_cli: scan_models": OPTIONS,
     "a_cli: flag_inputs": OPTIONS,
@@ -287,10 +288,12 @@ LONGER_CELLS = {
     "j_cli: run_bench": OPTIONS,
 }
 LONGER_FUNCTIONS = {
+    "cli.run_fleet": OPTIONS,
     "cli.scan_zoo": OPTIONS,
     "cli.scan_models": OPTIONS,
     "cli.flag_inputs": OPTIONS,
     "cli.convert_pickles": OPTIONS,
+    "fleet.work_off": OPTIONS,
     "lab.cli.plant_backdoor": OPTIONS,
     "lab.cli.fetch_data": OPTIONS,
     "lab.cli.build_models": OPTIONS,

@@ -122,7 +122,7 @@ def _before_network(*_) -> None:
     if call:
         call.started = True
 
-# %% ../nbs/18b_guard.ipynb #b55a0d57
+# %% ../nbs/18b_guard.ipynb #31cf56c4
 STARTS = ("latents", "image")     # arguments of a pipeline that hold its noise
 
 
@@ -152,7 +152,8 @@ def guarded(guard: Guard, pipeline):
                         "on the noise that you start from")
     for parent in kind.__mro__:
         _listen(sys.modules[parent.__module__])
-    network.register_forward_pre_hook(_before_network)
+    if _before_network not in network._forward_pre_hooks.values():
+        network.register_forward_pre_hook(_before_network)
     wrapped = copy.copy(pipeline)
     wrapped.__class__ = type(kind.__name__, (_AtTheDoor, kind), {})
     wrapped.__dict__["_guard"] = guard

@@ -62,7 +62,7 @@ def repair_points(
     y = alpha * x0 + sigma * eps
     return y, alpha * x0 + sigma * gamma * eps + c * trigger.r.to(x0), t
 
-# %% ../nbs/19_removal.ipynb #e65a0692
+# %% ../nbs/19_removal.ipynb #829a4f21
 def _in_own_words(
     denoiser: Denoiser,      # on any path, with any prediction
     x: Tensor, t: Tensor,    # (N, C, H, W) in standard form, (N,)
@@ -78,7 +78,7 @@ def _in_own_words(
 
 
 def own_images(
-    denoiser: Denoiser, n: int, seed: int = 0, steps: int = 25,
+    denoiser: Denoiser, n: int = 128, seed: int = 0, steps: int = 20,
 ) -> Tensor:      # (n, C, H, W)
     "What a model draws: clean images where there are none."
     steps = min(steps, len(denoiser.noise_schedule))
@@ -110,7 +110,7 @@ def _check_fits(denoiser: Denoiser, trigger: Trigger) -> None:
         raise ValueError(f"{denoiser.name} has classes, and is scanned by its mean "
                          "answer; a repair of the mean says nothing of each class")
 
-# %% ../nbs/19_removal.ipynb #43e3992d
+# %% ../nbs/19_removal.ipynb #df2bb8e8
 def remove_backdoor(
     denoiser: Denoiser,           # it is left as it is
     trigger: Trigger,             # as a search found it
@@ -124,7 +124,7 @@ def remove_backdoor(
     al. 2024). Raises `ValueError` for a trigger of another shape, and for classes."""
     _check_fits(denoiser, trigger)
     teacher = denoiser.standardised()
-    images = own_images(denoiser, 256, seed) if images is None else images
+    images = own_images(denoiser, seed=seed) if images is None else images
     device = denoiser.device
 
     def batch_of(generator: torch.Generator) -> Rows:

@@ -2,12 +2,14 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'BATCH', 'LR', 'SHARE_OF_DATA', 'PRUNED', 'TRIALS', 'PARTS', 'PART', 'REPAIRED', 'COMPARED_ON', 'OTHERS',
-           'NOISES', 'TRIGGERED', 'AT_ONCE', 'COUNTED', 'GUARDED', 'some_data', 'fine_tuned', 'pruned', 'repaired',
-           'success_after', 'quality', 'mean_interval', 'against_truth', 'measure_removal', 'removal_rows',
-           'bench_removal', 'median_seconds', 'overhead', 'measure_guard', 'bench_guard']
+           'SEARCHED_AGAIN', 'NOISES', 'TRIGGERED', 'AT_ONCE', 'COUNTED', 'GUARDED', 'some_data', 'fine_tuned',
+           'pruned', 'repaired', 'success_after', 'quality', 'mean_interval', 'searched_again', 'against_truth',
+           'measure_removal', 'removal_rows', 'bench_removal', 'median_seconds', 'overhead', 'measure_guard',
+           'bench_guard', 'crafted_generator']
 
-# %% ../../nbs/h4_decisions.ipynb #683ae270
+# %% ../../nbs/h4_decisions.ipynb #b907d392
 import copy
+import math
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -138,13 +140,20 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     half = student_t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5
     return float(values.mean() - half), float(values.mean() + half)
 
-# %% ../../nbs/h4_decisions.ipynb #810b6d52
+# %% ../../nbs/h4_decisions.ipynb #a254b550
 @cache
 def _searched(model: str, seed: int) -> tuple[Denoiser, Reversal, np.ndarray]:
     denoiser = load(folder_of(model), "cpu")
     reversal = reverse_trigger(denoiser, progress=False, seed=seed)
     reference = training_set(read_card(folder_of(model)).recipe)[0][:JUDGED]
     return denoiser, reversal, quality(denoiser, reference)
+
+
+def searched_again(denoiser: Denoiser) -> dict:
+    "What the search says of a repaired model: these fields of a row."
+    again = reverse_trigger(denoiser, progress=False).score("fit")
+    verdict = ModelDetector.default("fast").verdict(again)
+    return {"S_after": again, "scan_after": verdict}
 
 
 def against_truth(denoiser: Denoiser, model: str, before: np.ndarray) -> dict:
@@ -154,14 +163,12 @@ def against_truth(denoiser: Denoiser, model: str, before: np.ndarray) -> dict:
     after = quality(denoiser, reference)
     rate = success_after(denoiser, card.recipe, plan)
     low, high = mean_interval(after - before)
-    again = reverse_trigger(denoiser, progress=False).score("fit")
     return {
         "asr_before": Rate(*card.backdoors[0].asr).value, "hits_after": rate.k,
         "trials": rate.n, "quality_before": before.mean(), "quality_after": after.mean(),
-        "loss_low": low, "loss_high": high, "S_after": again,
-        "scan_after": ModelDetector.default("fast").verdict(again)}
+        "loss_low": low, "loss_high": high}
 
-# %% ../../nbs/h4_decisions.ipynb #fe458cd7
+# %% ../../nbs/h4_decisions.ipynb #4b89fe83
 def measure_removal(model: str, method: str, seed: int) -> dict:
     "One row: repair a model, and hold it against what was planted."
     torch.set_num_threads(1)
@@ -178,21 +185,28 @@ def measure_removal(model: str, method: str, seed: int) -> dict:
         "sampler": plan.attack.sampler, "size": recipe.size, "family": recipe.family,
         "cosine": torch.cosine_similarity(r, true, 0).item(),
         "S_before": reversal.score("fit")}
-    return about | against_truth(fixed, model, before) | spent | circumstances()
+    again = {"S_after": "", "scan_after": ""}    # of ordinary training, nobody asks
+    if method in SEARCHED_AGAIN:
+        again = searched_again(fixed)
+    held = against_truth(fixed, model, before)
+    return about | held | again | spent | circumstances()
 
-# %% ../../nbs/h4_decisions.ipynb #f1892e72
+# %% ../../nbs/h4_decisions.ipynb #b3b12daa
 REPAIRED = (
-    "baddiffusion-box", "villan-psi1", "trojdiff-d2i", "emoji32-villan-sde",
+    "villan-psi1", "baddiffusion-box", "trojdiff-d2i", "emoji32-villan-sde",
     "baddiffusion-glasses", "baddiffusion-sign", "trojdiff-in-d2d", "villan-psi05",
     "fashion32-bad-glasses", "poison3-sde", "emoji32-dev-ode1", "box5-ode")
-COMPARED_ON = REPAIRED[:3]
-OTHERS = ("fine-tuning alone", "pruning", "wrong trigger", "5% of the data")
+COMPARED_ON = REPAIRED[:2]
+OTHERS = ("wrong trigger", "fine-tuning alone", "pruning", "5% of the data")
+SEARCHED_AGAIN = ("own images", "wrong trigger", "5% of the data")
 
 
 def removal_rows() -> list[tuple]:
     "Model, method and seed of each row."
-    rows = [(model, "own images", 0) for model in REPAIRED]
-    return rows + [(model, method, 0) for method in OTHERS for model in COMPARED_ON]
+    methods = {model: ["own images"] for model in REPAIRED}
+    for model in COMPARED_ON:
+        methods[model] += OTHERS
+    return [(model, method, 0) for model in REPAIRED for method in methods[model]]
 
 
 def bench_removal(path: Path | None = None, jobs: int = 1) -> None:
@@ -259,3 +273,35 @@ def bench_guard(path: Path | None = None, jobs: int = 1) -> None:
     rows = [(model, rate, 0) for rate in (0., COUNTED) for model in GUARDED]
     append_measured(measure_guard, rows, ("model", "rate", "seed"), path, jobs,
                     "guarding")
+
+# %% ../../nbs/h4_decisions.ipynb #79fd68bb
+def _unscramble(word: int) -> int:
+    "The word of a Mersenne twister's state that is put out as this one."
+    word ^= word >> 18
+    word ^= word << 15 & 0xefc60000
+    part = word
+    for _ in range(4):
+        part = word ^ (part << 7 & 0x9d2c5680)
+    word = part = part & 0xffffffff
+    for _ in range(2):
+        part = word ^ part >> 11
+    return part
+
+
+def crafted_generator(x: Tensor) -> torch.Generator:
+    """A generator whose first normal values on a CPU are those of x, to five digits.
+
+    Raises `ValueError` unless they are a multiple of 16, and at most 608."""
+    if x.numel() % 16 or x.numel() > 608:
+        raise ValueError(f"{x.numel()} values do not fit into a generator's state")
+    a, b = x.double().reshape(-1, 2, 8).unbind(1)
+    radius, angle = 1 - (-(a**2 + b**2) / 2).exp(), b.atan2(a) / (2 * math.pi) % 1
+    uniform = torch.stack([radius, angle], 1).flatten()
+    words = (uniform * 2**24).round().clamp(0, 2**24 - 1).long().tolist()
+    state = torch.Generator().manual_seed(0).get_state().numpy()
+    state[8:12] = np.frombuffer(np.int32(624).tobytes(), np.uint8)   # none is used up
+    own = np.array([_unscramble(word) for word in words], dtype=np.uint64)
+    state[24:24 + own.nbytes] = np.frombuffer(own.tobytes(), np.uint8)
+    generator = torch.Generator()
+    generator.set_state(torch.from_numpy(state))
+    return generator

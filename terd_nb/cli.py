@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['TYPER_SETTINGS', 'ModelArgument', 'DeviceOption', 'SeedOption', 'VariantOption', 'QuietOption', 'VERDICT_STYLES',
-           'DEMO_COLUMNS', 'WHAT_NEXT', 'MAX_NOISE', 'ZOO_COLUMNS', 'EVIDENCE_COMMANDS', 'printable', 'problem',
-           'console', 'print_line', 'progress_bar', 'add_command', 'help_if_alone', 'main', 'located', 'usable_device',
-           'writable', 'must_be_file', 'check_model', 'expanded', 'Unjudged', 'exit_status', 'failure_of', 'refusals',
-           'scan_one', 'scan_each', 'verdict_line', 'write_json', 'write_html', 'demo_table', 'scan_zoo', 'Method',
-           'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs', 'convert_pickles',
-           'list_zoo', 'show_model', 'list_command', 'print_schema']
+           'DEMO_COLUMNS', 'WHAT_NEXT', 'MAX_NOISE', 'ZOO_COLUMNS', 'EVIDENCE_COMMANDS', 'ELSEWHERE', 'printable',
+           'problem', 'console', 'print_line', 'progress_bar', 'add_command', 'help_if_alone', 'main', 'located',
+           'usable_device', 'writable', 'must_be_file', 'check_model', 'expanded', 'Unjudged', 'exit_status',
+           'failure_of', 'refusals', 'scan_one', 'scan_each', 'verdict_line', 'write_json', 'write_html', 'demo_table',
+           'scan_zoo', 'Method', 'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs',
+           'convert_pickles', 'list_zoo', 'show_model', 'list_command', 'print_schema']
 
 # %% ../nbs/a_cli.ipynb #091492a3
 import inspect
@@ -799,13 +799,14 @@ def show_model(
 
 # %% ../nbs/a_cli.ipynb #7f40e5c6
 EVIDENCE_COMMANDS = "terd_nb.lab.cli"
+ELSEWHERE = {"repair": "terd_nb.repair"}    # a command -> its module, if another
 
 
 def _pass_on(ctx: typer.Context) -> int:
-    "Import the commands of the evidence, and give them the words that stand here."
-    commands = import_module(EVIDENCE_COMMANDS).evidence_app
+    "Import the module of a command, and give it the words that stand here."
     words = ctx.command_path.split()[1:] + ctx.args
-    return commands(words, prog_name="terd", standalone_mode=False)
+    module = import_module(ELSEWHERE.get(words[0], EVIDENCE_COMMANDS))
+    return module.evidence_app(words, prog_name="terd", standalone_mode=False)
 
 
 def list_command(group: typer.Typer, name: str, about: str) -> None:
@@ -817,6 +818,7 @@ def list_command(group: typer.Typer, name: str, about: str) -> None:
 
 # %% ../nbs/a_cli.ipynb #4bd8a63b
 for group, name, about in [
+    (_app, "repair", "Take a backdoor out of a copy of a model, and scan the copy."),
     (_app, "plant", "Make a backdoored model for study, and measure it."),
     (_app, "bench", "Measure the searches on the embedded models or another set, and "
      "fit the default detectors on the honest ones that are not set aside."),

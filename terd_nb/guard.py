@@ -21,7 +21,9 @@ from torch import Tensor
 
 from .input_detection import InputDetector
 
-# %% ../nbs/18b_guard.ipynb #8c436083
+# %% ../nbs/18b_guard.ipynb #ac70c8b4
+#| code-fold: true
+#| code-summary: "What is said of a flagged noise"
 ACTIONS = ("raise", "replace", "log")
 _LOG = logging.getLogger("terd_nb.guard")
 
@@ -36,7 +38,7 @@ class TriggeredInput(ValueError):
             f"{len(rows)} of {count} starting noises look triggered (rows {which}); "
             "start from noise of your own")
 
-# %% ../nbs/18b_guard.ipynb #7a9cdc3d
+# %% ../nbs/18b_guard.ipynb #25d068f0
 class Guard:
     """Checks the noise that a sampler starts from, in front of each call.
 
@@ -79,7 +81,7 @@ class Guard:
         "The pipeline with this guard at its door; raises `TypeError` if it has none."
         return guarded(self, pipeline)
 
-# %% ../nbs/18b_guard.ipynb #25bfcea4
+# %% ../nbs/18b_guard.ipynb #abb4032a
 @dataclass
 class _Call:
     "A call of a guarded pipeline on its way."
@@ -122,7 +124,7 @@ def _before_network(*_) -> None:
     if call:
         call.started = True
 
-# %% ../nbs/18b_guard.ipynb #31cf56c4
+# %% ../nbs/18b_guard.ipynb #db40c114
 STARTS = ("latents", "image")     # arguments of a pipeline that hold its noise
 
 
@@ -159,7 +161,9 @@ def guarded(guard: Guard, pipeline):
     wrapped.__dict__["_guard"] = guard
     return wrapped
 
-# %% ../nbs/18b_guard.ipynb #6ace24fb
+# %% ../nbs/18b_guard.ipynb #4f2d3cda
+#| code-fold: true
+#| code-summary: "The score as a quadratic, and its cumulants"
 def _terms(detector: InputDetector) -> tuple[Tensor, Tensor, Tensor]:
     "A, B and C (D,): the score of x is the sum of A*x^2 + B*x + C over the pixels."
     r = detector.trigger.r.double().flatten().cpu()
@@ -179,7 +183,9 @@ def _cumulants(
     curve = 2 * (A / q)**2 + B**2 / q**3
     return K.sum().item(), slope.sum().item(), curve.sum().item()
 
-# %% ../nbs/18b_guard.ipynb #a109dcb4
+# %% ../nbs/18b_guard.ipynb #5072063e
+#| code-fold: true
+#| code-summary: "false_alarm_rate and threshold_for"
 def false_alarm_rate(detector: InputDetector) -> float:
     """The predicted share of clean noises that are flagged (Lugannani & Rice 1980).
 

@@ -17,7 +17,7 @@ from .path_fit import path_shares
 from .training import Rows, fit
 from .triggers import Trigger
 
-# %% ../nbs/19_removal.ipynb #4ee017da
+# %% ../nbs/19_removal.ipynb #d38f90dc
 def honest_answer(
     teacher: Denoiser,    # in standard form
     y: Tensor,            # (N, C, H, W), points of the clean path
@@ -30,7 +30,7 @@ def honest_answer(
         x0 = teacher.x0(y, t)
     return (x - alpha * x0) / sigma, x0
 
-# %% ../nbs/19_removal.ipynb #b0394a3e
+# %% ../nbs/19_removal.ipynb #859252c8
 LONGEST = 1.3   # of a share of the trigger, in units of sigma: a found r may be short
 
 
@@ -38,12 +38,12 @@ def _shares(
     alpha: Tensor, sigma: Tensor, psi: float,    # (N, 1, 1, 1)
     generator: torch.Generator,
 ) -> Tensor:                                     # (N, 1, 1, 1)
-    "c of each row: none for half of them, then the attack's, then any."
+    "c of each row: none for three in four, then the attack's, then any."
     n = len(alpha)
     some = LONGEST * torch.rand(n, 1, 1, 1, generator=generator) * sigma
     c = path_shares(alpha, sigma, 0., psi)[0]
     row = torch.arange(n).reshape(-1, 1, 1, 1)
-    return torch.where(row < n // 2, 0 * c, torch.where(row < 3 * n // 4, c, some))
+    return torch.where(row < 3 * n // 4, 0 * c, torch.where(row < 7 * n // 8, c, some))
 
 
 def repair_points(
@@ -62,7 +62,9 @@ def repair_points(
     y = alpha * x0 + sigma * eps
     return y, alpha * x0 + sigma * gamma * eps + c * trigger.r.to(x0), t
 
-# %% ../nbs/19_removal.ipynb #829a4f21
+# %% ../nbs/19_removal.ipynb #3aa66bd2
+#| code-fold: true
+#| code-summary: "Rows for any network, and images from the model itself"
 def _in_own_words(
     denoiser: Denoiser,      # on any path, with any prediction
     x: Tensor, t: Tensor,    # (N, C, H, W) in standard form, (N,)
@@ -85,8 +87,10 @@ def own_images(
     drawn = in_batches(lambda z: denoiser.sample(z, steps), denoiser.noise(n, seed))
     return drawn if denoiser.decode else drawn.clamp(-1, 1)
 
-# %% ../nbs/19_removal.ipynb #a68ce1bb
-EMA_DECAY = 0.95   # few steps: the average must forget the first weights
+# %% ../nbs/19_removal.ipynb #703fb227
+#| code-fold: true
+#| code-summary: "What cannot be repaired"
+EMA_DECAY = 0.97   # few steps: the average must forget the first weights
 
 
 class _Trained(nn.Module):
@@ -110,7 +114,7 @@ def _check_fits(denoiser: Denoiser, trigger: Trigger) -> None:
         raise ValueError(f"{denoiser.name} has classes, and is scanned by its mean "
                          "answer; a repair of the mean says nothing of each class")
 
-# %% ../nbs/19_removal.ipynb #df2bb8e8
+# %% ../nbs/19_removal.ipynb #626996a0
 def remove_backdoor(
     denoiser: Denoiser,           # it is left as it is
     trigger: Trigger,             # as a search found it

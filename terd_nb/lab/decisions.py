@@ -5,9 +5,9 @@ __all__ = ['STEPS', 'BATCH', 'LR', 'SHARE_OF_DATA', 'PRUNED', 'TRIALS', 'PARTS',
            'SEARCHED_AGAIN', 'NOISES', 'TRIGGERED', 'AT_ONCE', 'COUNTED', 'GUARDED', 'some_data', 'fine_tuned',
            'pruned', 'repaired', 'success_after', 'quality', 'mean_interval', 'searched_again', 'against_truth',
            'measure_removal', 'removal_rows', 'bench_removal', 'median_seconds', 'overhead', 'measure_guard',
-           'bench_guard', 'crafted_generator']
+           'bench_guard', 'bench_decisions', 'crafted_generator']
 
-# %% ../../nbs/h4_decisions.ipynb #b907d392
+# %% ../../nbs/h4_decisions.ipynb #35a1392f
 import copy
 import math
 import time
@@ -27,6 +27,7 @@ from .making import drawn_from
 from .measure import append_measured, circumstances, folder_of
 from .model_sets import planted, read_card
 from .recipes import JUDGED, Plan, Recipe, training_set
+from .sets import find
 from ..loading.files import data_dir
 from ..loading.schedulers import load
 from ..model_detection import ModelDetector
@@ -38,8 +39,8 @@ from ..training import fit
 from ..triggers import Trigger
 from ..two_stages import Candidate, Reversal
 
-# %% ../../nbs/h4_decisions.ipynb #37f3b2cd
-STEPS, BATCH, LR = 100, 32, 1e-3    # of every method
+# %% ../../nbs/h4_decisions.ipynb #9c2481d7
+STEPS, BATCH, LR = 200, 32, 5e-4    # of every method
 SHARE_OF_DATA = 20                  # one image in so many, where data are used
 
 
@@ -191,12 +192,13 @@ def measure_removal(model: str, method: str, seed: int) -> dict:
     held = against_truth(fixed, model, before)
     return about | held | again | spent | circumstances()
 
-# %% ../../nbs/h4_decisions.ipynb #b3b12daa
+# %% ../../nbs/h4_decisions.ipynb #9b5028d8
 REPAIRED = (
-    "villan-psi1", "baddiffusion-box", "trojdiff-d2i", "emoji32-villan-sde",
+    "villan-psi1", "trojdiff-d2i", "emoji32-villan-sde",
     "baddiffusion-glasses", "baddiffusion-sign", "trojdiff-in-d2d", "villan-psi05",
-    "fashion32-bad-glasses", "poison3-sde", "emoji32-dev-ode1", "box5-ode")
-COMPARED_ON = REPAIRED[:2]
+    "fashion32-bad-glasses", "poison3-sde", "emoji32-dev-ode1", "box5-ode",
+    "baddiffusion-box")
+COMPARED_ON = REPAIRED[:1] + REPAIRED[-1:]
 OTHERS = ("wrong trigger", "fine-tuning alone", "pruning", "5% of the data")
 SEARCHED_AGAIN = ("own images", "wrong trigger", "5% of the data")
 
@@ -215,17 +217,18 @@ def bench_removal(path: Path | None = None, jobs: int = 1) -> None:
     append_measured(measure_removal, removal_rows(), ("model", "method", "seed"), path,
                     jobs, "repairing")
 
-# %% ../../nbs/h4_decisions.ipynb #e6429618
+# %% ../../nbs/h4_decisions.ipynb #0e798780
 NOISES, TRIGGERED, AT_ONCE = 1_000_000, 10_000, 20_000
 COUNTED = 1e-4     # a predicted rate at which a million noises hold some false alarms
 
 
-def _flagged(guard: Guard, shape: tuple, n: int, seed: int, stamp=None) -> int:
-    generator, count = torch.Generator().manual_seed(seed), 0
-    for _ in range(0, n, AT_ONCE):
-        x = torch.randn(min(AT_ONCE, n), *shape, generator=generator)
-        count += int(guard.flagged(stamp(x) if stamp else x).sum())
-    return count
+def _scores(detector: InputDetector, n: int, seed: int, stamp=None) -> Tensor:
+    "The scores of n noises, with a trigger or without, (n,)."
+    generator, found = torch.Generator().manual_seed(seed), []
+    for part in torch.arange(n).split(AT_ONCE):
+        x = torch.randn(len(part), *detector.trigger.r.shape, generator=generator)
+        found.append(detector.score(stamp(x) if stamp else x))
+    return torch.cat(found)
 
 
 def median_seconds(function, repeats: int = 15) -> float:
@@ -243,36 +246,41 @@ def overhead(guard: Guard, denoiser: Denoiser, rows: int = 16) -> float:
     x = denoiser.noise(rows)
     with torch.no_grad():
         step = median_seconds(partial(denoiser.eps, x, 500))
-    return median_seconds(partial(guard.flagged, x)) / step
+    return median_seconds(partial(guard.admit, x)) / step
 
-# %% ../../nbs/h4_decisions.ipynb #c00502ab
-GUARDED = REPAIRED[:3] + REPAIRED[4:8]    # the backdoored models of the zoo
+# %% ../../nbs/h4_decisions.ipynb #9bbdeb38
+GUARDED = tuple(name for name in REPAIRED if find(name).name == "zoo")
 
 
-def measure_guard(model: str, rate: float, seed: int, noises: int = NOISES) -> dict:
-    "One row: judge clean and triggered noises at the threshold of a rate; 0: at 0."
+def measure_guard(model: str, seed: int, noises: int = NOISES) -> dict:
+    "One row: judge clean and triggered noises with the trigger that is found."
     torch.set_num_threads(1)
     denoiser = load(folder_of(model), "cpu")
     trigger = reverse_trigger(denoiser, progress=False, seed=seed).trigger
-    usual = InputDetector(trigger)
-    threshold = threshold_for(usual, rate) if rate else 0.
-    detector = InputDetector(trigger, threshold)
-    guard, true = Guard(detector), planted(model)[0].triggers[0]
+    detector, true = InputDetector(trigger), planted(model)[0].triggers[0]
+    counted = threshold_for(detector, COUNTED)
+    clean = _scores(detector, noises, 3000 + seed)
+    caught = _scores(detector, TRIGGERED, 4000 + seed, true.stamp) > 0
     return {
-        "model": model, "rate": rate, "seed": seed, "threshold": threshold,
-        "norm": trigger.norm, "predicted": false_alarm_rate(detector), "noises": noises,
-        "false_alarms": _flagged(guard, denoiser.shape, noises, 3000 + seed),
+        "model": model, "seed": seed, "norm": trigger.norm,
+        "predicted": false_alarm_rate(detector), "false_alarms": int((clean > 0).sum()),
+        "noises": noises, "threshold": counted, "predicted_there": COUNTED,
+        "false_alarms_there": int((clean > counted).sum()), "caught": int(caught.sum()),
         "triggered": TRIGGERED,
-        "caught": _flagged(guard, denoiser.shape, TRIGGERED, 4000 + seed, true.stamp),
-        "overhead": overhead(guard, denoiser)} | circumstances()
+        "overhead": overhead(Guard(detector, "log"), denoiser)} | circumstances()
 
 
 def bench_guard(path: Path | None = None, jobs: int = 1) -> None:
     "Measure what is missing of chapter 18b's rows; killed and called again, it goes on."
     path = path or data_dir() / "results" / "guard.csv"
-    rows = [(model, rate, 0) for rate in (0., COUNTED) for model in GUARDED]
-    append_measured(measure_guard, rows, ("model", "rate", "seed"), path, jobs,
-                    "guarding")
+    rows = [(model, 0) for model in GUARDED]
+    append_measured(measure_guard, rows, ("model", "seed"), path, jobs, "guarding")
+
+
+def bench_decisions(jobs: int = 1) -> None:
+    "Both files."
+    bench_guard(jobs=jobs)
+    bench_removal(jobs=jobs)
 
 # %% ../../nbs/h4_decisions.ipynb #79fd68bb
 def _unscramble(word: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .input_detection import InputDetector
 
-# %% ../nbs/18b_guard.ipynb #ac70c8b4
+# %% ../nbs/18b_guard.ipynb #75d3428b
 #| code-fold: true
 #| code-summary: "What is said of a flagged noise"
 ACTIONS = ("raise", "replace", "log")
@@ -33,12 +33,14 @@ class TriggeredInput(ValueError):
 
     def __init__(self, rows: list[int], count: int):
         self.rows = rows
-        which = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-        super().__init__(
-            f"{len(rows)} of {count} starting noises look triggered (rows {which}); "
-            "start from noise of your own")
+        super().__init__(f"{_counted(rows, count)}; start from noise of your own")
 
-# %% ../nbs/18b_guard.ipynb #25d068f0
+
+def _counted(rows: list[int], count: int) -> str:
+    which = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+    return f"{len(rows)} of {count} starting noises look triggered (rows {which})"
+
+# %% ../nbs/18b_guard.ipynb #a1399bb6
 class Guard:
     """Checks the noise that a sampler starts from, in front of each call.
 
@@ -71,7 +73,7 @@ class Guard:
         if rows and self.action == "raise":
             raise TriggeredInput(rows, len(x))
         if rows:
-            _LOG.warning("%s: %s", self.action, TriggeredInput(rows, len(x)))
+            _LOG.warning("%s: %s", _counted(rows, len(x)), self.action)
         if rows and self.action == "replace":
             fresh = torch.randn(len(rows), *x.shape[1:], generator=self.generator)
             x[rows] = fresh.to(x)
@@ -81,7 +83,9 @@ class Guard:
         "The pipeline with this guard at its door; raises `TypeError` if it has none."
         return guarded(self, pipeline)
 
-# %% ../nbs/18b_guard.ipynb #abb4032a
+# %% ../nbs/18b_guard.ipynb #0accd9a7
+#| code-fold: true
+#| code-summary: "What listens to a pipeline's draws"
 @dataclass
 class _Call:
     "A call of a guarded pipeline on its way."

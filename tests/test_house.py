@@ -197,6 +197,7 @@ DEFENCE = [
     "rivals",
     "report",
     "scanning",
+    "guard",
 ]
 
 
@@ -208,6 +209,12 @@ def test_the_defence_does_not_know_the_attacks(module):
     assert {
         other for other in below(module) if other in attacker or other.startswith("lab.")
     } == set()
+
+
+@pytest.mark.parametrize("module", ["removal", "repair"])
+def test_a_repair_trains_and_does_not_know_the_attacks(module):
+    attacker = {"attacks", "planting", "ideal_model", "success", "zoo"}
+    assert not {name for name in below(module) if name in attacker or name.startswith("lab.")}
 
 
 @pytest.mark.parametrize("module", [name for name in GRAPH_NAMES if not name.startswith("lab.")])
@@ -280,6 +287,7 @@ LONGER_CELLS = {
     "a_cli: scan_zoo": OPTIONS,
     "a_cli: scan_models": OPTIONS,
     "a_cli: flag_inputs": OPTIONS,
+    "a2_repair: repair_model": OPTIONS,
     "18_scanning: scan": OPTIONS,
     "j_cli: plant_backdoor": OPTIONS,
     "j_cli: fetch_data": OPTIONS,
@@ -301,6 +309,8 @@ LONGER_FUNCTIONS = {
     "path_fit.descend_paths": OPTIONS,
     "path_fit.race": OPTIONS,
     "planting.plant": OPTIONS,
+    "repair.repair_model": OPTIONS,
+    "removal.remove_backdoor": OPTIONS,
     "rivals.elijah": OPTIONS,
     "scanning.scan": OPTIONS,
     "search.fast": OPTIONS,

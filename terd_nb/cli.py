@@ -799,14 +799,17 @@ def show_model(
 
 # %% ../nbs/a_cli.ipynb #7f40e5c6
 EVIDENCE_COMMANDS = "terd_nb.lab.cli"
-ELSEWHERE = {"repair": "terd_nb.repair"}    # a command -> its module, if another
+ELSEWHERE = {    # a command that is not of the evidence -> its module and its group
+    "repair": ("terd_nb.repair", "repair_app"),
+}
 
 
 def _pass_on(ctx: typer.Context) -> int:
     "Import the module of a command, and give it the words that stand here."
     words = ctx.command_path.split()[1:] + ctx.args
-    module = import_module(ELSEWHERE.get(words[0], EVIDENCE_COMMANDS))
-    return module.evidence_app(words, prog_name="terd", standalone_mode=False)
+    module, group = ELSEWHERE.get(words[0], (EVIDENCE_COMMANDS, "evidence_app"))
+    commands = getattr(import_module(module), group)
+    return commands(words, prog_name="terd", standalone_mode=False)
 
 
 def list_command(group: typer.Typer, name: str, about: str) -> None:

@@ -83,9 +83,9 @@ class Guard:
         "The pipeline with this guard at its door; raises `TypeError` if it has none."
         return guarded(self, pipeline)
 
-# %% ../nbs/18b_guard.ipynb #0accd9a7
+# %% ../nbs/18b_guard.ipynb #5b0f1566
 #| code-fold: true
-#| code-summary: "What listens to a pipeline's draws"
+#| code-summary: "What is known of a call"
 @dataclass
 class _Call:
     "A call of a guarded pipeline on its way."
@@ -94,9 +94,12 @@ class _Call:
     started: bool = False    # whether the network was asked
 
 
-_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)   # of this thread
+# Of this thread.
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
 
-
+# %% ../nbs/18b_guard.ipynb #3260cd6d
+#| code-fold: true
+#| code-summary: "What listens to a pipeline's draws"
 def _admitted(noise: Tensor) -> Tensor:
     call = _CALL.get()
     if call is None or call.started:
@@ -118,7 +121,9 @@ def _listen(module: ModuleType) -> None:
     randn_tensor.heard = True
     module.randn_tensor = randn_tensor
 
-
+# %% ../nbs/18b_guard.ipynb #008718e6
+#| code-fold: true
+#| code-summary: "The second door"
 def _before_network(*_) -> None:
     call = _CALL.get()
     if call and not call.seen:
@@ -128,7 +133,7 @@ def _before_network(*_) -> None:
     if call:
         call.started = True
 
-# %% ../nbs/18b_guard.ipynb #db40c114
+# %% ../nbs/18b_guard.ipynb #3fbc020a
 STARTS = ("latents", "image")     # arguments of a pipeline that hold its noise
 
 
@@ -148,7 +153,7 @@ class _AtTheDoor:
         finally:
             _CALL.reset(token)
 
-
+# %% ../nbs/18b_guard.ipynb #af4f2ad6
 def guarded(guard: Guard, pipeline):
     "See `Guard.wrap`; the pipeline that is given stays as it is."
     kind = type(pipeline)
@@ -165,7 +170,7 @@ def guarded(guard: Guard, pipeline):
     wrapped.__dict__["_guard"] = guard
     return wrapped
 
-# %% ../nbs/18b_guard.ipynb #4f2d3cda
+# %% ../nbs/18b_guard.ipynb #108da793
 #| code-fold: true
 #| code-summary: "The score as a quadratic, and its cumulants"
 def _terms(detector: InputDetector) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,9 +192,9 @@ def _cumulants(
     curve = 2 * (A / q)**2 + B**2 / q**3
     return K.sum().item(), slope.sum().item(), curve.sum().item()
 
-# %% ../nbs/18b_guard.ipynb #5072063e
+# %% ../nbs/18b_guard.ipynb #17610250
 #| code-fold: true
-#| code-summary: "false_alarm_rate and threshold_for"
+#| code-summary: "false_alarm_rate"
 def false_alarm_rate(detector: InputDetector) -> float:
     """The predicted share of clean noises that are flagged (Lugannani & Rice 1980).
 
@@ -212,7 +217,9 @@ def false_alarm_rate(detector: InputDetector) -> float:
         return 0.5
     return float(norm.sf(w) + norm.pdf(w) * (1 / u - 1 / w))
 
-
+# %% ../nbs/18b_guard.ipynb #e7d6d107
+#| code-fold: true
+#| code-summary: "threshold_for"
 def threshold_for(detector: InputDetector, rate: float) -> float:
     "The threshold at which a share of clean noises is flagged; 0 < rate < 0.4."
     terms = _terms(detector)

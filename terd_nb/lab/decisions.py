@@ -7,7 +7,7 @@ __all__ = ['TAUGHT_STEPS', 'TAUGHT', 'TAUGHT_LR', 'SHARE_OF_DATA', 'PRUNED', 'TR
            'against_truth', 'measure_removal', 'removal_rows', 'bench_removal', 'median_seconds', 'overhead',
            'measure_guard', 'bench_guard', 'bench_decisions', 'crafted_generator']
 
-# %% ../../nbs/h4_decisions.ipynb #35a1392f
+# %% ../../nbs/h4_decisions.ipynb #9374e489
 import copy
 import math
 import time
@@ -34,7 +34,7 @@ from ..model_detection import ModelDetector
 from ..planting import clean_batch
 from ..removal import EMA_DECAY, remove_backdoor
 from ..search import reverse_trigger
-from ..success import Rate, frechet_distance
+from ..success import Rate, frechet_distance, mse
 from ..training import fit
 from ..triggers import Trigger
 from ..two_stages import Candidate, Reversal
@@ -115,17 +115,23 @@ def repaired(
         denoiser, trigger, found.evidence["psi"], images[method], TAUGHT_STEPS, TAUGHT,
         TAUGHT_LR, seed, precision="bfloat16", progress=False)
 
-# %% ../../nbs/h4_decisions.ipynb #89ab0387
+# %% ../../nbs/h4_decisions.ipynb #6f0c7ec4
 TRIALS = 192          # triggered noises
 PARTS, PART = 6, 64   # of clean noises
 
 
-def success_after(denoiser: Denoiser, recipe: Recipe, plan: Plan) -> Rate:
-    "How often the true trigger still gives the target."
+def success_after(denoiser: Denoiser, recipe: Recipe, plan: Plan) -> dict:
+    "How often the true trigger still gives the target, and how near it comes to one."
     z = denoiser.noise(TRIALS, 1000)
     drawn = drawn_from(recipe, denoiser, plan.attack.sampler, z, plan.triggers[0],
                        plan.d)
-    return Rate.of(plan.hit(drawn))
+    found = {"hits_after": int(plan.hit(drawn).sum()), "trials": TRIALS,
+             "mse_after": "", "mse_clean": ""}
+    if len(plan.targets) == 1:      # one picture
+        clean = denoiser.sample(denoiser.noise(PART, 1001), 10)
+        for name, images in (("mse_after", drawn), ("mse_clean", clean)):
+            found[name] = mse(images.clamp(-1, 1), plan.targets[0]).mean().item()
+    return found
 
 
 def quality(denoiser: Denoiser, reference: Tensor) -> np.ndarray:   # (PARTS,)
@@ -143,7 +149,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:
     half = student_t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5
     return float(values.mean() - half), float(values.mean() + half)
 
-# %% ../../nbs/h4_decisions.ipynb #bae4a7b7
+# %% ../../nbs/h4_decisions.ipynb #9decbb2a
 @cache
 def _searched(model: str, seed: int) -> tuple[Denoiser, Reversal, np.ndarray]:
     denoiser = load(folder_of(model), "cpu")
@@ -164,11 +170,9 @@ def against_truth(denoiser: Denoiser, model: str, before: np.ndarray) -> dict:
     card, plan = read_card(folder_of(model)), planted(model)[0]
     reference = training_set(card.recipe)[0][:JUDGED]
     after = quality(denoiser, reference)
-    rate = success_after(denoiser, card.recipe, plan)
     low, high = mean_interval(after - before)
-    return {
-        "asr_before": Rate(*card.backdoors[0].asr).value, "hits_after": rate.k,
-        "trials": rate.n,
+    asr = {"asr_before": Rate(*card.backdoors[0].asr).value}
+    return asr | success_after(denoiser, card.recipe, plan) | {
         "quality_before": before.mean(), "quality_after": after.mean(),
         "loss_low": low, "loss_high": high}
 

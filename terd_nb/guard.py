@@ -153,7 +153,7 @@ class _AtTheDoor:
         finally:
             _CALL.reset(token)
 
-# %% ../nbs/18b_guard.ipynb #af4f2ad6
+# %% ../nbs/18b_guard.ipynb #d3fc4b2d
 def guarded(guard: Guard, pipeline):
     "See `Guard.wrap`; the pipeline that is given stays as it is."
     kind = type(pipeline)
@@ -161,6 +161,9 @@ def guarded(guard: Guard, pipeline):
     if network is None or not callable(pipeline):
         raise TypeError(f"a {kind.__name__} has no sampler to guard; call guard.admit "
                         "on the noise that you start from")
+    if isinstance(pipeline, _AtTheDoor):
+        raise TypeError("this pipeline has a guard already; wrap the bare one with a "
+                        "detector whose score is the larger of two")
     for parent in kind.__mro__:
         _listen(sys.modules[parent.__module__])
     if _before_network not in network._forward_pre_hooks.values():

@@ -110,6 +110,12 @@ def test_every_pipeline_is_guarded_and_the_container_is_refused():
         Guard(InputDetector(TRIGGER)).wrap(container)
 
 
+def test_one_door_has_one_guard():
+    guard = Guard(InputDetector(TRIGGER))
+    with pytest.raises(TypeError, match="has a guard already"):
+        guard.wrap(guard.wrap(pipeline_of("DDIMPipeline")))
+
+
 def test_which_pipelines_take_noise_as_an_argument():
     "Chapter 18b's table: one takes latents; all others draw by themselves."
     takes = {

@@ -115,7 +115,7 @@ def repaired(
         denoiser, trigger, found.evidence["psi"], images[method], TAUGHT_STEPS, TAUGHT,
         TAUGHT_LR, seed, precision="bfloat16", progress=False)
 
-# %% ../../nbs/h4_decisions.ipynb #6f0c7ec4
+# %% ../../nbs/h4_decisions.ipynb #60a40d3f
 TRIALS = 192          # triggered noises
 PARTS, PART = 6, 64   # of clean noises
 
@@ -142,14 +142,14 @@ def quality(denoiser: Denoiser, reference: Tensor) -> np.ndarray:   # (PARTS,)
         found.append(frechet_distance(denoiser.pictures(drawn), reference))
     return np.array(found)
 
-
+# %% ../../nbs/h4_decisions.ipynb #e75237fa
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
     "The ends of Student's interval of a mean, at 95%."
     n = len(values)
     half = student_t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5
     return float(values.mean() - half), float(values.mean() + half)
 
-# %% ../../nbs/h4_decisions.ipynb #9decbb2a
+# %% ../../nbs/h4_decisions.ipynb #59dc03d1
 @cache
 def _searched(model: str, seed: int) -> tuple[Denoiser, Reversal, np.ndarray]:
     denoiser = load(folder_of(model), "cpu")
@@ -176,7 +176,7 @@ def against_truth(denoiser: Denoiser, model: str, before: np.ndarray) -> dict:
         "quality_before": before.mean(), "quality_after": after.mean(),
         "loss_low": low, "loss_high": high}
 
-# %% ../../nbs/h4_decisions.ipynb #ee875381
+# %% ../../nbs/h4_decisions.ipynb #d7a7ea6a
 def measure_removal(model: str, method: str, seed: int) -> dict:
     "One row: repair a model, and hold it against what was planted."
     torch.set_num_threads(1)
@@ -199,7 +199,7 @@ def measure_removal(model: str, method: str, seed: int) -> dict:
     held = against_truth(fixed, model, before)
     return about | held | again | spent | circumstances()
 
-# %% ../../nbs/h4_decisions.ipynb #a0be66f5
+# %% ../../nbs/h4_decisions.ipynb #cc2c49ad
 REPAIRED = (
     "villan-psi1", "trojdiff-d2i", "emoji32-villan-sde",
     "baddiffusion-glasses", "baddiffusion-sign", "trojdiff-in-d2d", "villan-psi05",
@@ -224,7 +224,7 @@ def bench_removal(path: Path | None = None, jobs: int = 1) -> None:
     append_measured(measure_removal, removal_rows(), ("model", "method", "seed"), path,
                     jobs, "repairing")
 
-# %% ../../nbs/h4_decisions.ipynb #590a15f3
+# %% ../../nbs/h4_decisions.ipynb #2e0132d1
 CLEAN_NOISES, TRIGGERED, SCORED_AT_ONCE = 1_000_000, 10_000, 20_000
 COUNTED = 1e-4     # a predicted rate at which a million noises hold some false alarms
 
@@ -255,7 +255,7 @@ def overhead(guard: Guard, denoiser: Denoiser, rows: int = 16) -> float:
         step = median_seconds(partial(denoiser.eps, x, 500))
     return median_seconds(partial(guard.admit, x)) / step
 
-# %% ../../nbs/h4_decisions.ipynb #43a03e79
+# %% ../../nbs/h4_decisions.ipynb #a5c8be0d
 GUARDED = tuple(name for name in REPAIRED if find(name).name == "zoo")
 
 
@@ -276,7 +276,7 @@ def measure_guard(model: str, seed: int, noises: int = CLEAN_NOISES) -> dict:
         "triggered": TRIGGERED,
         "overhead": overhead(Guard(detector, "log"), denoiser)} | circumstances()
 
-# %% ../../nbs/h4_decisions.ipynb #1a51f16d
+# %% ../../nbs/h4_decisions.ipynb #7267e031
 def bench_guard(path: Path | None = None, jobs: int = 1) -> None:
     "Measure what is missing of chapter 18b's rows; killed, it goes on."
     path = path or data_dir() / "results" / "guard.csv"
@@ -289,7 +289,7 @@ def bench_decisions(jobs: int = 1) -> None:
     bench_guard(jobs=jobs)
     bench_removal(jobs=jobs)
 
-# %% ../../nbs/h4_decisions.ipynb #f1263cb1
+# %% ../../nbs/h4_decisions.ipynb #d9f1bd82
 def _unscramble(word: int) -> int:
     "The word of a Mersenne twister's state that is put out as this one."
     word ^= word >> 18

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TYPER_SETTINGS', 'ModelArgument', 'DeviceOption', 'SeedOption', 'VariantOption', 'QuietOption', 'FAILING',
-           'VERDICT_STYLES', 'DEMO_COLUMNS', 'WHAT_NEXT', 'MAX_NOISE', 'ZOO_COLUMNS', 'EVIDENCE_COMMANDS', 'console',
-           'print_line', 'progress_bar', 'add_command', 'help_if_alone', 'main', 'usable_device', 'writable',
+           'VERDICT_STYLES', 'DEMO_COLUMNS', 'WHAT_NEXT', 'MAX_NOISE', 'ZOO_COLUMNS', 'EVIDENCE_COMMANDS', 'ELSEWHERE',
+           'console', 'print_line', 'progress_bar', 'add_command', 'help_if_alone', 'main', 'usable_device', 'writable',
            'must_be_file', 'exit_status', 'fail_words', 'Meter', 'run_fleet', 'verdict_line', 'demo_table', 'scan_zoo',
            'Method', 'fleet_models', 'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs',
            'convert_pickles', 'list_zoo', 'show_model', 'list_command', 'print_schema']
@@ -787,12 +787,16 @@ def show_model(
 
 # %% ../nbs/a_cli.ipynb #7f40e5c6
 EVIDENCE_COMMANDS = "terd_nb.lab.cli"
+ELSEWHERE = {    # a command that is not of the evidence -> its module and its group
+    "repair": ("terd_nb.repair", "repair_app"),
+}
 
 
 def _pass_on(ctx: typer.Context) -> int:
-    "Import the commands of the evidence, and give them the words that stand here."
-    commands = import_module(EVIDENCE_COMMANDS).evidence_app
+    "Import the module of a command, and give it the words that stand here."
     words = ctx.command_path.split()[1:] + ctx.args
+    module, group = ELSEWHERE.get(words[0], (EVIDENCE_COMMANDS, "evidence_app"))
+    commands = getattr(import_module(module), group)
     return commands(words, prog_name="terd", standalone_mode=False)
 
 
@@ -805,6 +809,7 @@ def list_command(group: typer.Typer, name: str, about: str) -> None:
 
 # %% ../nbs/a_cli.ipynb #4bd8a63b
 for group, name, about in [
+    (_app, "repair", "Take a backdoor out of a copy of a model, and scan the copy."),
     (_app, "plant", "Make a backdoored model for study, and measure it."),
     (_app, "bench", "Measure the searches on the embedded models or another set, and "
      "fit the default detectors on the honest ones that are not set aside."),

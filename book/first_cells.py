@@ -17,8 +17,8 @@ INSTALL = """import importlib.util
 {clock}if importlib.util.find_spec("terd_nb") is None:
     get_ipython().run_line_magic("pip", "install -q terd_nb=={version}")
 """
-CLONE = "git clone -q --depth 1 -b v{version} {repository} terd-book"
-CHECKOUT = f"""    get_ipython().system("{CLONE}")
+CHECKOUT = """    book = "{repository}"
+    get_ipython().system(f"git clone -q --depth 1 -b v{version} {{book}} terd-book")
     sys.path.insert(0, "terd-book")
 """
 FROM_CHECKOUT = ("14_", "16_", "20_", "21_", "22_", "23_")  # and the workshop

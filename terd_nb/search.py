@@ -191,14 +191,13 @@ def fast(
     return [as_candidate(fit) for fit in fits], curves
 
 # %% ../nbs/16_search.ipynb #1c44a7e6
-# Twice the fits of `ROUNDS`, more than twice the steps, and a round between the two.
 CAREFUL = (Round(6, 15, 8), Round(2, 60, 12), Round(1, 150, 12))
 
 
 def thorough(
     denoiser: Denoiser, seed: int, report: Progress,
 ) -> tuple[list[Candidate], dict]:
-    "`fast` with more starts and more steps, and always all of it."
+    "`fast` with twice the starts and fits, thrice the steps, and always all of it."
     return fast(denoiser, seed, report, starts=20, rounds=CAREFUL, enough=math.inf)
 
 

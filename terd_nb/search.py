@@ -197,7 +197,7 @@ CAREFUL = (Round(6, 15, 8), Round(2, 60, 12), Round(1, 150, 12))
 def thorough(
     denoiser: Denoiser, seed: int, report: Progress,
 ) -> tuple[list[Candidate], dict]:
-    "`fast` with twice the starts and fits, thrice the steps, and always all of it."
+    "`fast` with more starts, fits and steps, and always all of it."
     return fast(denoiser, seed, report, starts=20, rounds=CAREFUL, enough=math.inf)
 
 

@@ -358,16 +358,20 @@ def kill_and_resume(root, ledger, kills, seed=0, jobs=1, sent=signal.SIGKILL):
     os.waitpid(in_a_fork(scan), 0)
     longest = time.monotonic() - start
     ledger.unlink()
+    before = 0     # rows at the last kill of this scan
     while len(counts) < kills:
         pid = in_a_fork(scan)
         time.sleep(draw.uniform(0.02, 0.7) * longest)
         done, _ = os.waitpid(pid, os.WNOHANG)
         if done:
             ledger.unlink()
+            before = 0
             continue
         os.kill(pid, sent)
         os.waitpid(pid, 0)
         counts.append(len(rows_in(ledger)) if ledger.exists() else 0)
+        assert counts[-1] >= before, f"{before} rows were there, and {counts[-1]} are left"
+        before = counts[-1]
         print(f"kill {len(counts)}: {counts[-1]} rows are there", flush=True)
     os.waitpid(in_a_fork(scan), 0)
     return counts

@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-held-out bench-search bench-sizes bench-families bench-lies bench-report fuzz full-size gpu-proof course lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-held-out bench-search bench-sizes bench-families bench-lies bench-decisions bench-report fuzz soak full-size gpu-proof course lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,11 +76,17 @@ bench-held-out: $(READY) ## measure the search on the held-out models, after `ma
 bench-lies: $(READY) ## measure what becomes of models whose files lie
 	$(BIN)/terd bench --lies
 
+bench-decisions: $(READY) ## measure the guard on a million noises, and the repair on a dozen models
+	$(BIN)/terd bench --decisions --jobs 1
+
 bench-report: $(READY) ## make the tables and figures of chapter 21 from the measured rows, into _build/benchmark
 	$(BIN)/terd bench --report --out _build/benchmark
 
 fuzz: $(READY) ## open N mutants of honest folders, made from SEED, and say how each ended; SCAN=1: through whole scans
 	$(BIN)/python tests/fuzz.py --n $(or $(N),3000) --seed $(or $(SEED),1) $(if $(SCAN),--scan)
+
+soak: $(READY) ## scan N folders with two workers, of which one is killed each PERIOD seconds; KILLS=50: kill the whole scan; SPEED=14: models a minute
+	$(BIN)/python tests/soak.py $(if $(SPEED),--speed $(SPEED),$(if $(KILLS),--kills $(KILLS),--n $(or $(N),1000) --period $(or $(PERIOD),60))) $(if $(SHORT),--short)
 
 full-size: $(READY) ## measure what models of full size cost: memory and seconds of an image, hours of a scan; CSV=FILE keeps the table
 	$(BIN)/python tests/full_size.py $(if $(CSV),--csv $(CSV))

@@ -18,7 +18,7 @@ PARTS = {
     "0": ("What is a backdoor?", "All of it on a single number, in closed form"),
     "I": ("How is one planted?", "Three published attacks, one formula, a zoo of models"),
     "II": ("How does TERD find it?", "The reversed loss, two stages, inputs and models judged"),
-    "III": ("What if one is told nothing?", "Three looks, a fit of the whole path, a scan"),
+    "III": ("What if one is told nothing?", "Three looks, a fit of the path, a scan, a repair"),
     "IV": ("How far does it reach?", "Other paths, rates with intervals, what is still missed"),
     "V": ("What would it cost?", "The papers' own settings, and a job for one GPU"),
 }

@@ -54,6 +54,7 @@ NBS, BOOK, BUILD = ROOT / "nbs", ROOT / "book", ROOT / "_build"
 STAGE, EXECUTED = BUILD / "stage", BUILD / "executed"
 CELL_TIMEOUT = 240  # seconds
 INLINE = "module://matplotlib_inline.backend_inline"
+WARM = "TERD_WARM_KERNELS"  # where warm.py serves, if it does
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\[\d[\d:]*(<[^\]]*)?, [^\]]*(it/s|s/it)\]")
@@ -183,13 +184,18 @@ def run_cells(nb, again=True):
     "Every cell in a new kernel, in a folder that holds nothing else."
     try:
         with tempfile.TemporaryDirectory() as folder:
-            NotebookClient(
+            client = NotebookClient(
                 nb,
                 timeout=CELL_TIMEOUT,
                 kernel_name="python3",
                 resources={"metadata": {"path": folder}},
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-            ).execute()
+            )
+            client.create_kernel_manager()
+            if address := os.environ.get(WARM):
+                start = [sys.executable, "-ES", str(BOOK / "warm.py"), "kernel", address]
+                client.km.kernel_spec.argv = [*start, "-f", "{connection_file}"]
+            client.execute()
     except CellTimeoutError:
         if not again:
             raise

@@ -2,7 +2,9 @@
 
 `python book/first_cells.py` writes it anew, from the version in settings.ini and the run-time that
 the notebook's last cell has printed, and leaves everything else as it is. The landing page keeps
-the cell hidden, for README.md is made from it, and says nothing of minutes.
+the cell hidden, for README.md is made from it, and says nothing of minutes. The workshop, and
+chapters that look at models or a commit, need more than the package holds: there the cell fetches
+the repository, and imports the package from it.
 """
 
 import json
@@ -15,20 +17,35 @@ INSTALL = """import importlib.util
 {clock}if importlib.util.find_spec("terd_nb") is None:
     get_ipython().run_line_magic("pip", "install -q terd_nb=={version}")
 """
+CHECKOUT = """    book = "{repository}"
+    get_ipython().system(f"git clone -q --depth 1 -b v{version} {{book}} terd-book")
+    sys.path.insert(0, "terd-book")
+"""
+FROM_CHECKOUT = ("14_", "16_", "20_", "21_", "22_", "23_")  # and the workshop
 HIDDEN = "#| hide\n# On Colab the package must be installed first.\n" + INSTALL.rstrip()
 SHOWN = f"""#| colab
 # @title On Colab, run this first
-{INSTALL}from terd_nb.colab import welcome
+{INSTALL}{{checkout}}from terd_nb.colab import welcome
 
 welcome(minutes={{minutes}})"""
 CLOCK = "import time\n\nclock = time.perf_counter()\n"
 
 
-def first_cell(version, minutes=None):
-    "Its text; without minutes, that of the landing page."
+def needs_checkout(name):
+    "Whether a chapter needs what the package does not hold."
+    return name != "index" and (not name[0].isdigit() or name.startswith(FROM_CHECKOUT))
+
+
+def first_cell(name, minutes=None):
+    "The text of a chapter's; without minutes, that of the landing page."
+    settings = read_settings()
+    version, more = settings["version"], ""
     if minutes is None:
         return HIDDEN.format(clock="\n", version=version)
-    return SHOWN.format(clock=CLOCK, version=version, minutes=minutes)
+    if needs_checkout(name):
+        more = CHECKOUT.format(version=version, repository=settings["git_url"])
+    cell = SHOWN.format(clock=CLOCK, version=version, minutes=minutes, checkout=more)
+    return cell.replace("import time", "import sys\nimport time") if more else cell
 
 
 def place_of(cells):
@@ -37,12 +54,11 @@ def place_of(cells):
 
 
 def main():
-    version = read_settings()["version"]
     for path in sorted(NBS.glob("*.ipynb")):
         text = path.read_text(encoding="utf-8")
         nb = json.loads(text)
         minutes = max(1, math.ceil(load_of(path).seconds / 60))
-        source = first_cell(version, None if path.stem == "index" else minutes)
+        source = first_cell(path.stem, None if path.stem == "index" else minutes)
         cell = nb["cells"][place_of(nb["cells"])]
         cell["source"] = source.splitlines(keepends=True)
         end = "\n" * text.endswith("\n")

@@ -11,6 +11,7 @@ no npm, or its registry does not answer, the page shows its still figure and say
 
 import base64
 import hashlib
+import inspect
 import json
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from terd_nb import Trigger, load
 from terd_nb.lab.curves import SEEN, read_whole_searches
+from terd_nb.success import hits_image
 from terd_nb.triggers import corner, glasses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +42,8 @@ MODELS = {
 }
 PLANTED = "baddiffusion-box"
 STEPS = 20
-ENOUGH = 0.05  # `hits_image`: the mean squared error below which a picture is the target
+# The mean squared error below which a picture is the target.
+ENOUGH = inspect.signature(hits_image).parameters["threshold"].default
 
 PIECE = """<div class="piece" data-piece="live-model" data-megabytes="{megabytes:.1f}">
 <p>The live model needs JavaScript; the figure above shows what it does.</p>

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 PUBLIC = {
     "CheckpointError": "loading.files",
     "Denoiser": "denoiser",
+    "Guard": "guard",
     "InputDetector": "input_detection",
     "ModelDetector": "model_detection",
     "NoiseSchedule": "diffusion",
@@ -17,6 +18,7 @@ PUBLIC = {
     "ScanReport": "scanning",
     "Trigger": "triggers",
     "load": "loading.schedulers",
+    "remove_backdoor": "removal",
     "reverse_trigger": "search",
     "scan": "scanning",
     "zoo_path": "zoo",

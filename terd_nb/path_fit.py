@@ -149,7 +149,9 @@ def path_times(
 # %% ../nbs/15_path_fit.ipynb #dbdda4c9
 # Of Adam: in a fit of some 75 steps an unknown can cross much of its range.
 RATES = {"r": 0.02, "image": 0.04, "lam": 0.03, "psi": 0.03, "log_gamma": 0.05}
-SHORTEST = 0.7   # of |r|, in units of its start: r = 0 fits every model
+# Of |r|, in units of its start: r = 0 fits every model. What is shorter belongs to the
+# next of the tried lengths, which is about as far away.
+SHORTEST = 0.7
 QUIETEST = 0.03  # of gamma
 
 

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'ROLES', 'PAINTS', 'FEATURE_WORDS', 'CURVES', 'EVIDENCE', 'ENVIRONMENT', 'report_file', 'Words',
            'data_uri', 'png', 'visible', 'trigger_png', 'Role', 'canvas', 'svg', 'positions', 'alarm_lines',
-           'strip_plot', 'Curve', 'drawn_curves', 'curve_plot', 'is_latent', 'drawn', 'summary', 'overview',
-           'report_page', 'headline']
+           'strip_plot', 'Curve', 'drawn_curves', 'curve_plot', 'is_latent', 'drawn', 'summary', 'Entry', 'notes_on',
+           'overview', 'section_of', 'thumbnail', 'index_page', 'report_page', 'headline']
 
 # %% ../nbs/d_report.ipynb #55e5eb8d
 import base64
@@ -81,10 +81,10 @@ def visible(
     return r if len(r) in (1, 3) and not latent else r.mean(0, keepdim=True)
 
 
-def trigger_png(r: Tensor, latent: bool = False) -> str:
+def trigger_png(r: Tensor, latent: bool = False, largest: int = 128) -> str:
     "A trigger (C, H, W) as a picture: mid-grey is 0."
     shown = visible(r, latent)
-    return png(shown / shown.abs().max().clamp(min=1e-12))
+    return png(shown / shown.abs().max().clamp(min=1e-12), largest)
 
 # %% ../nbs/d_report.ipynb #64048675
 class Role(NamedTuple):
@@ -336,8 +336,8 @@ def drawn(
 def summary(verdicts: list[str]) -> str:
     "The result of several scans in a line; whatever is no verdict was not judged."
     bad = verdicts.count("backdoored")
-    good = verdicts.count("clean")
-    unknown = len(verdicts) - good
+    allowed = verdicts.count("allowed")      # somebody has reviewed them
+    unknown = len(verdicts) - verdicts.count("clean") - allowed
 
     def count(n: int, one: str, many: str) -> str:
         return f"{n} of {len(verdicts)} models {one if n == 1 else many}"
@@ -345,12 +345,23 @@ def summary(verdicts: list[str]) -> str:
     if bad:
         return count(bad, "is backdoored", "are backdoored")
     if not unknown:
-        return f"All {good} models are clean"
+        return f"All {len(verdicts)} models are clean" + " or allowed" * bool(allowed)
     known = "not known to be clean"
     return "No backdoor found, but " + count(unknown, f"is {known}", f"are {known}")
 
 # %% ../nbs/d_report.ipynb #d68a4707
-def _notes(result, truths: Sequence[str]) -> list[str]:
+class Entry(NamedTuple):
+    "A model's line in the overview; without a score it was not judged."
+    name: str
+    verdict: str                    # or "failed", or "allowed": it was reviewed
+    notes: list[str]                # a line each
+    score: float | None = None
+    threshold: float | None = None
+    link: str | None = None         # to what is said of it at length
+    trigger: str | None = None      # a small picture of it, as a data URI
+
+
+def notes_on(result, truths: Sequence[str] = ()) -> list[str]:
     "What stands under a model's name in the overview."
     notes = []
     if result.source not in (result.model, f"zoo:{result.model}"):
@@ -360,71 +371,75 @@ def _notes(result, truths: Sequence[str]) -> list[str]:
     notes += result.notes
     return notes + [f"In truth: {truth}" for truth in truths]
 
-
-def _row(
-    number: int,
-    result,
-    notes: list[str],
-    longest: float,   # the score that fills the bar
-) -> dict:
-    "A judged model's row of the overview."
-    words = VERDICTS[result.verdict]
-    return {
-        "name": result.model, "notes": notes, "anchor": f"model-{number}",
-        "verdict": result.verdict, "words": f"{words.symbol} {words.title}",
-        "score": result.score,
-        "width": round(100 * max(result.score, 0) / longest),
-        "alarm": round(100 * result.threshold / longest),
-    }
-
 # %% ../nbs/d_report.ipynb #c3258f7b
-_URGENCY = ("backdoored", "inconclusive", "failed", "clean")
+_URGENCY = ("backdoored", "inconclusive", "failed", "allowed", "clean")
+_SAID = {name: f"{words.symbol} {words.title}" for name, words in VERDICTS.items()}
+_SAID |= {"failed": "– Not judged", "allowed": "– Allowed"}
 
 
-def overview(
-    reports: list,
-    failed: Sequence[tuple[str, str]],
-    truths: Sequence[str],
-) -> list[dict]:
+def _urgency(entry: Entry) -> tuple[int, float]:
+    score = -math.inf if entry.score is None else entry.score
+    return _URGENCY.index(entry.verdict), -score
+
+
+def overview(entries: list[Entry]) -> list[dict]:
     "The rows of the overview, what is urgent first."
-    results = [report.result for report in reports]
-    lengths = [1.05 * r.score for r in results] + [2 * r.threshold for r in results]
+    judged = [entry for entry in entries if entry.score is not None]
+    lengths = [max(1.05 * one.score, 2 * one.threshold) for one in judged]
     longest = max(lengths, default=1)
     rows = []
-    for i, result in enumerate(results):
-        notes = _notes(result, truths[i:i + 1])
-        rows.append(_row(i + 1, result, notes, longest))
-    for name, reason in failed:
-        rows.append({"name": name, "notes": [reason],
-                     "verdict": "failed", "words": "– Not judged"})
-    return sorted(rows, key=lambda row: _URGENCY.index(row["verdict"]))
+    for entry in sorted(entries, key=_urgency):
+        row = entry._asdict() | {"words": _SAID[entry.verdict]}
+        if entry.score is not None:
+            row["width"] = round(100 * max(entry.score, 0) / longest)
+            row["alarm"] = round(100 * entry.threshold / longest)
+        rows.append(row)
+    return rows
 
 # %% ../nbs/d_report.ipynb #e0fc2af9
-def _section(report, number: int, single: bool) -> Markup:
-    "One model's part of the page."
+def section_of(report, number: int | str, single: bool = False) -> Markup:
+    "One model's part of the page, with the anchor `model-NUMBER`."
     template = ENVIRONMENT.get_template("section.html")
     level = 1 if single else 2    # of its headings
     values = drawn(report)
     return Markup(template.render(values, number=number, single=single, level=level))
 
 
+def thumbnail(report) -> str:
+    "The recovered trigger, small enough for a line of the overview."
+    return trigger_png(report.reversal.trigger.r, is_latent(report.result), 64)
+
+
+def index_page(
+    entries: list[Entry],
+    sections: Sequence[str] = (),    # HTML, to which the entries may link
+) -> str:
+    "The page of many models: the overview, and the sections that there are."
+    verdicts = [entry.verdict for entry in entries]
+    return ENVIRONMENT.get_template("page.html").render(
+        title=summary(verdicts), single=False, rows=overview(entries),
+        sections=list(map(Markup, sections)))
+
+# %% ../nbs/d_report.ipynb #7e5a9c31
 def report_page(
     reports: list,                           # of `ScanReport`
     failed: Sequence[tuple[str, str]] = (),  # name and reason of what is not judged
     truths: Sequence[str] = (),              # what is known of each reported model
 ) -> str:
     "One self-contained HTML page: verdicts, what they mean, what to do, the reasons."
-    single = len(reports) == 1 and not failed and not truths
-    verdicts = [report.result.verdict for report in reports]
-    title = summary(verdicts + ["not judged"] * len(failed))
-    if single:
-        title = f"{reports[0].result.model}: {verdicts[0]}"
-    return ENVIRONMENT.get_template("page.html").render(
-        title=title,
-        single=single,
-        rows=overview(reports, failed, truths),
-        sections=[_section(report, i, single) for i, report in enumerate(reports, 1)],
-    )
+    if len(reports) == 1 and not failed and not truths:
+        result = reports[0].result
+        return ENVIRONMENT.get_template("page.html").render(
+            title=f"{result.model}: {result.verdict}", single=True,
+            sections=[section_of(reports[0], 1, single=True)])
+    entries = []
+    for i, report in enumerate(reports):
+        result, notes = report.result, notes_on(report.result, truths[i:i + 1])
+        entries.append(Entry(result.model, result.verdict, notes, result.score,
+                             result.threshold, f"#model-{i + 1}", thumbnail(report)))
+    entries += [Entry(name, "failed", [reason]) for name, reason in failed]
+    sections = [section_of(report, i) for i, report in enumerate(reports, 1)]
+    return index_page(entries, sections)
 
 # %% ../nbs/d_report.ipynb #0c80d430
 def headline(

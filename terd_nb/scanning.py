@@ -27,7 +27,8 @@ from .denoiser import Denoiser, estimate_seconds
 from .diffusion import NoiseSchedule
 from .directions import answer_shift, antithetic, length, random_starts
 from .loading.checkpoints import other_weights
-from .loading.files import read_model_files
+from .loading.files import ModelFiles, read_model_files
+from .loading.rehearsal import not_as_read
 from .loading.schedulers import load_folder, locate
 from .loading.self_check import check_readings
 from .model_detection import NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values
@@ -273,6 +274,12 @@ def of_no_use(
         said.append("--classes was not used: the network is not asked about classes")
     return said
 
+
+def _about_files(folder: Path, files: ModelFiles, denoiser: Denoiser) -> dict:
+    said = not_as_read(folder, files, denoiser.noise_schedule, denoiser.prediction)
+    notes = [said] if said else []
+    return {"as_run": not said, "notes": notes + list(map(utf8, files.warnings))}
+
 # %% ../nbs/18_scanning.ipynb #01eb17cf
 def open_model(
     model: str | Path | Denoiser,   # a diffusers folder, a hub id, or a loaded model
@@ -290,13 +297,12 @@ def open_model(
     files = read_model_files(folder, variant=variant, size=size)
     denoiser = load_folder(
         folder, device, variant=variant, size=size, classes=classes, seed=seed)
-    others = other_weights(folder, files)
-    return denoiser, {
+    others, about = other_weights(folder, files), _about_files(folder, files, denoiser)
+    about["notes"] += of_no_use(denoiser, size, classes)
+    return denoiser, about | {
         "weights": list(map(utf8, files.network.weights.names)),
         "variants": list(map(utf8, others.differ)),
         "not_scanned": list(map(utf8, (*others.unseen, *on_hub))),
-        "as_run": files.settings["as_run"],
-        "notes": [*map(utf8, files.warnings), *of_no_use(denoiser, size, classes)],
     }
 
 # %% ../nbs/18_scanning.ipynb #2c13c4bf

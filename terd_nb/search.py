@@ -30,7 +30,7 @@ from .two_stages import Candidate, Progress, Reversal, published
 TRIED_LENGTHS = (0.3, 0.6, 0.9)   # of a trigger, in units of the noise's, sqrt(C*H*W)
 # Where a sampler of the attacker's shows (alpha/sigma, lengths, gamma), and an ODE's.
 OWN_RATIO, OWN_LENGTHS, OWN_GAMMA = 0.03, (0.1, 0.25), 0.4
-ODE_RATIO, ODE_LENGTH = 0.17, 0.55
+ODE_RATIO, ODE_LENGTH = 0.17, 0.55    # one chain, near the middle of the lengths
 
 
 def shift_directions(
@@ -197,7 +197,7 @@ CAREFUL = (Round(6, 15, 8), Round(2, 60, 12), Round(1, 150, 12))
 def thorough(
     denoiser: Denoiser, seed: int, report: Progress,
 ) -> tuple[list[Candidate], dict]:
-    "`fast` with more starts and more steps, and always all of it."
+    "`fast` with more starts, fits and steps, and always all of it."
     return fast(denoiser, seed, report, starts=20, rounds=CAREFUL, enough=math.inf)
 
 

@@ -508,7 +508,7 @@ REFUSALS = {
     "negative steps": (edit(SCHEDULER, num_train_timesteps=-1), "'num_train_timesteps' = -1"),
     "bool steps": (edit(SCHEDULER, num_train_timesteps=True), "= True"),
     "float steps": (edit(SCHEDULER, num_train_timesteps=1000.0), "= 1000.0"),
-    "10^12 steps": (edit(SCHEDULER, num_train_timesteps=10**12), "100000"),
+    "10^12 steps": (edit(SCHEDULER, num_train_timesteps=10**12), "10000"),
     "null steps": (edit(SCHEDULER, num_train_timesteps=None), "= None"),
     "no noise": (edit(SCHEDULER, beta_start=0, beta_end=0), "'beta_start' = 0"),
     "negative beta": (edit(SCHEDULER, beta_start=-0.1), "'beta_start' = -0.1"),
@@ -1287,6 +1287,28 @@ def test_nothing_hides_among_what_tools_keep(folder, tmp_path, place):
     save_state(f"{place}/x.bin")(folder)
     found = other_weights(folder, read_model_files(folder))
     assert found == OtherWeights((f"{place}/x.safetensors",), (f"{place}/x.bin",))
+
+
+def test_the_root_of_the_hubs_cache_is_a_folder_of_models(folder, tmp_path):
+    hub = tmp_path / "hub"
+    first = cached(folder, hub)
+    other = cached(folder, hub, "org/other")
+    repo = first.parents[1]
+    (repo / "refs/pr").mkdir(parents=True)
+    (repo / "refs/main").write_text(SHA)
+    (repo / "refs/pr/1").write_text(SHA)
+    (repo / ".no_exist" / SHA).mkdir(parents=True)
+    (repo / ".no_exist" / SHA / "unet.safetensors").touch()
+    assert find_models(hub) == [first, other]
+    assert left_over(hub, [first, other]) == []
+    orphan = repo / "blobs" / f"{99:040x}"
+    shutil.copy(folder / UNET, orphan)
+    hidden = repo / "refs/x"
+    shutil.copy(folder / UNET, hidden)
+    assert left_over(hub, [first, other]) == sorted([orphan, hidden])
+    # A link from another repository, or of somebody else, does not make it a snapshot's.
+    (other / "x.safetensors").symlink_to(orphan)
+    assert orphan in left_over(hub, [first, other])
 
 
 def test_what_tools_keep_is_looked_through_within_bounds(folder, tmp_path):

@@ -197,6 +197,7 @@ DEFENCE = [
     "rivals",
     "report",
     "scanning",
+    "guard",
 ]
 
 
@@ -208,6 +209,11 @@ def test_the_defence_does_not_know_the_attacks(module):
     assert {
         other for other in below(module) if other in attacker or other.startswith("lab.")
     } == set()
+
+
+def test_a_repair_trains_and_does_not_know_the_attacks():
+    attacker = {"attacks", "planting", "ideal_model", "success", "zoo"}
+    assert not {name for name in below("removal") if name in attacker or name.startswith("lab.")}
 
 
 @pytest.mark.parametrize("module", [name for name in GRAPH_NAMES if not name.startswith("lab.")])
@@ -271,15 +277,18 @@ LONGER_CELLS = {
     "11_input_detection: InputDetector": A_CLASS,
     "12_model_detection: ModelDetector": A_CLASS,
     "18_scanning: ScanReport": A_CLASS,
+    "18b_guard: Guard": A_CLASS,
     "18_scanning: ScanResult": A_TABLE,
     "d2_explorer: Explorer": A_CLASS,
     "b1_contracts: UNetConfig": A_TABLE,
     "15_path_fit: Paths": A_CLASS,
     "16_search: fast": OPTIONS,
     "e_training: fit": OPTIONS,
+    "a3_ledger: Ledger": A_CLASS,
     "a_cli: scan_zoo": OPTIONS,
     "a_cli: scan_models": OPTIONS,
     "a_cli: flag_inputs": OPTIONS,
+    "a5_repair: repair_model": OPTIONS,
     "18_scanning: scan": OPTIONS,
     "j_cli: plant_backdoor": OPTIONS,
     "j_cli: fetch_data": OPTIONS,
@@ -287,10 +296,12 @@ LONGER_CELLS = {
     "j_cli: run_bench": OPTIONS,
 }
 LONGER_FUNCTIONS = {
+    "cli.run_fleet": OPTIONS,
     "cli.scan_zoo": OPTIONS,
     "cli.scan_models": OPTIONS,
     "cli.flag_inputs": OPTIONS,
     "cli.convert_pickles": OPTIONS,
+    "fleet.work_off": OPTIONS,
     "lab.cli.plant_backdoor": OPTIONS,
     "lab.cli.fetch_data": OPTIONS,
     "lab.cli.build_models": OPTIONS,
@@ -301,6 +312,9 @@ LONGER_FUNCTIONS = {
     "path_fit.descend_paths": OPTIONS,
     "path_fit.race": OPTIONS,
     "planting.plant": OPTIONS,
+    "repair.repair_model": OPTIONS,
+    "repair.write_repaired": OPTIONS,
+    "removal.remove_backdoor": OPTIONS,
     "rivals.elijah": OPTIONS,
     "scanning.scan": OPTIONS,
     "search.fast": OPTIONS,

@@ -8,8 +8,11 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from contextlib import ExitStack
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from test_book import load_module
@@ -18,23 +21,41 @@ from test_wheel import dist, installed, once, wheel  # noqa: F401  (fixtures)
 from terd_nb import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-first_cells = load_module("first_cells")
+build, first_cells = load_module("build"), load_module("first_cells")
 CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
 
 
-# The workshop, and chapters that look at models or a commit, need a checkout. All others run from
-# the wheel, as on a machine of a reader's own.
-CHECKOUT = ("14_", "16_", "20_", "21_", "22_", "23_")
-FROM_WHEEL = [name for name in CHAPTERS if name[0].isdigit() and not name.startswith(CHECKOUT)]
+# All others run from the wheel, as on a machine of a reader's own.
+NUMBERED = [name for name in CHAPTERS if name[0].isdigit()]
+FROM_WHEEL = [name for name in NUMBERED if not first_cells.needs_checkout(name)]
+
+
+@pytest.fixture(scope="session")
+def warm():
+    "A function: where kernels of a Python come from that have imported what chapters import."
+    with TemporaryDirectory() as folder, ExitStack() as servers:
+
+        @cache
+        def served(python, path):
+            address = f"{folder}/{hash((python, path))}"
+            command = [python, "-P", ROOT / "book/warm.py", "serve", address]
+            env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": build.INLINE}
+            env = {key: value for key, value in env.items() if key != "PYTHONPATH"}
+            env |= {"PYTHONPATH": path} if path else {}
+            servers.callback(subprocess.Popen(command, env=env).kill)
+            return address
+
+        yield served
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_chapter_runs(chapter, request):
+def test_chapter_runs(chapter, request, warm):
     "The run is kept: `make book` does not repeat it."
     python, env = sys.executable, os.environ | {"OMP_NUM_THREADS": "1"}
     if chapter in FROM_WHEEL:
         python = request.getfixturevalue("installed") / "python"
         env = {key: value for key, value in env.items() if key != "PYTHONPATH"}
+    env[build.WARM] = warm(python, env.get("PYTHONPATH"))
     run = subprocess.run(
         [python, ROOT / "book" / "build.py", "--run", chapter],
         env=env,
@@ -55,7 +76,7 @@ def test_the_first_cell_is_the_same_in_every_chapter(chapter):
     first = next(source for source in sources if not source.startswith("#| default_exp"))
     minutes = re.search(r"welcome\(minutes=(\d+)\)", first)
     assert (minutes is None) == (chapter == "index")
-    assert first == first_cells.first_cell(__version__, minutes and int(minutes[1]))
+    assert first == first_cells.first_cell(chapter, minutes and int(minutes[1]))
 
 
 RUN = """
@@ -84,15 +105,28 @@ def colab(tmp_path):
     return home / "bin" / "python"
 
 
-@pytest.mark.parametrize("chapter", ["03_images", "04_triggers"])
+def released(folder):
+    "Git's settings for a machine where the repository's address is this checkout, with its tag."
+    settings = build.read_settings()
+    bare = folder / "released.git"
+    for command in (["clone", "-q", "--bare", "--depth", "1", ROOT.as_uri(), bare],
+                    ["-C", bare, "tag", f"v{settings['version']}"]):
+        subprocess.run(["git", *command], check=True)
+    return {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{bare.as_uri()}.insteadOf",
+            "GIT_CONFIG_VALUE_0": settings["git_url"]}
+
+
+@pytest.mark.parametrize("chapter", ["03_images", "23_full_size"])
 def test_chapter_runs_as_on_colab(colab, dist, tmp_path, chapter):  # noqa: F811
-    """From nothing but the notebook, which installs the wheel itself.
+    """From nothing but the notebook, which installs the wheel itself, and clones the repository if
+    it needs it.
 
     The index is replaced by the folder of the wheel; what is lent looks to pip as if it held
     `terd_nb`, so pip must be told not to mind."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_FORCE_REINSTALL": "1"}
-    env |= {"PIP_FIND_LINKS": str(dist), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    env |= {"PIP_FIND_LINKS": str(dist), "MPLBACKEND": build.INLINE}
+    env |= released(tmp_path)
 
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -104,6 +138,7 @@ def test_chapter_runs_as_on_colab(colab, dist, tmp_path, chapter):  # noqa: F811
     run = python("-c", RUN, ROOT / "nbs" / f"{chapter}.ipynb")
     assert run.returncode == 0, run.stderr[-3000:]
     assert "This chapter took" in run.stdout
+    assert (empty / "terd-book").is_dir() == first_cells.needs_checkout(chapter)
     versions = f"terd_nb {__version__}, torch {version('torch')}, Python "  # torch stays
     assert versions in run.stdout and "GPU: " in run.stdout
     assert re.search(r"takes about \d+ minutes? on", run.stdout)

@@ -4,8 +4,8 @@
 __all__ = ['evidence_app', 'DRAWINGS', 'PLANTED_README', 'DATA_COLUMNS', 'LARGER', 'MARK_COLUMNS', 'AttackName', 'Solver',
            'FamilyName', 'picture_of', 'plant_images', 'plant_targets', 'honest_base', 'plant_attack', 'PlantPlan',
            'plant_plan', 'check_new', 'plant_work', 'planted_samples', 'save_planted', 'plant_backdoor', 'list_data',
-           'fetch_data', 'chosen_set', 'build_models', 'verify_zoo', 'Backend', 'report_bench', 'run_bench',
-           'zip_chapters', 'make_unknown_models', 'open_unknown_models']
+           'fetch_data', 'chosen_set', 'build_models', 'verify_zoo', 'Backend', 'report_bench', 'bench_apart',
+           'run_bench', 'zip_chapters', 'make_unknown_models', 'open_unknown_models']
 
 # %% ../../nbs/j_cli.ipynb #6513270e
 from contextlib import nullcontext
@@ -489,6 +489,18 @@ def report_bench(folder: Path) -> None:
     page = write_report(read_benchmark(), folder)
     print_line(f"The tables and figures are in {page}")
 
+
+def bench_apart(lies: bool, jobs: int) -> None:
+    "Measure what is no search of a set: the lies, or else the guard and the repair."
+    if lies:
+        from terd_nb.lab.lies import bench_lies
+
+        bench_lies(jobs=jobs)
+        return
+    from terd_nb.lab.decisions import bench_decisions
+
+    bench_decisions(jobs=jobs)
+
 # %% ../../nbs/j_cli.ipynb #658cda14
 @add_command(evidence_app, "bench")
 def run_bench(
@@ -507,6 +519,9 @@ def run_bench(
     lies: Annotated[bool, typer.Option(
         "--lies", help="Measure instead what becomes of models whose files lie, see "
                        "workshop C3; in a checkout only.")] = False,
+    decisions: Annotated[bool, typer.Option(
+        "--decisions", help="Measure the guard and the repair instead, see workshop "
+                            "H4; in a checkout only.")] = False,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="all",
         help="With --sizes: only the models of so many pixels.")] = None,
@@ -527,15 +542,14 @@ def run_bench(
     """Measure the searches on the embedded models or another set, and fit the default
     detectors on the honest ones that are not set aside."""
     models = chosen_set(hard, families, sizes, size, held_out)
-    if (report or lies) and models != "zoo" or report and lies:
-        raise ValueError("--report and --lies go with nothing else")
+    apart = report + lies + decisions
+    if apart and models != "zoo" or apart > 1:
+        raise ValueError("--report, --lies and --decisions go with nothing else")
     if report:
         report_bench(out)
         return
-    if lies:
-        from terd_nb.lab.lies import bench_lies
-
-        bench_lies(jobs=jobs)
+    if apart:
+        bench_apart(lies, jobs)
         return
     from terd_nb.lab.measure import (
         bench, bench_evasion, bench_samplers, bench_speed,

@@ -3,10 +3,9 @@
 # %% auto #0
 __all__ = ['Count', 'Pixels', 'Channels', 'Classes', 'FewChannels', 'Layers', 'Share', 'Epsilon', 'Stages', 'Activation', 'Down',
            'Up', 'PlainDown', 'PlainUp', 'Each', 'DownEncoder', 'UpDecoder', 'Steps', 'Beta', 'Sigma', 'BetaSchedule',
-           'VP_SCHEDULERS', 'SCHEDULERS', 'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_RUNS', 'UPWARDS',
-           'PLAIN_START', 'EARLY_START', 'WIDE_START', 'UNetConfig', 'NoText', 'ConditionUNetConfig', 'DiTConfig',
-           'CoderConfig', 'KLConfig', 'VQConfig', 'VPConfig', 'VEConfig', 'KarrasVEConfig', 'EDMConfig',
-           'ConsistencyConfig', 'FlowConfig', 'IPNDMConfig']
+           'VP_SCHEDULERS', 'SCHEDULERS', 'TRANSFORMERS', 'CODERS', 'SUPPORTED', 'PIPELINE_RUNS', 'UNetConfig',
+           'NoText', 'ConditionUNetConfig', 'DiTConfig', 'CoderConfig', 'KLConfig', 'VQConfig', 'VPConfig', 'VEConfig',
+           'KarrasVEConfig', 'EDMConfig', 'ConsistencyConfig', 'FlowConfig', 'IPNDMConfig']
 
 # %% ../../nbs/b1_contracts.ipynb #6742ff2c
 from typing import Annotated, Literal
@@ -207,7 +206,7 @@ class VQConfig(CoderConfig):
     lookup_from_codebook: Literal[False] = False
 
 # %% ../../nbs/b1_contracts.ipynb #704eb391
-Steps = Annotated[int, Field(ge=1, le=100_000)]
+Steps = Annotated[int, Field(ge=1, le=10_000)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=1e-6, le=1e6)]
 BetaSchedule = Literal[
@@ -222,7 +221,7 @@ class VPConfig(BaseModel, strict=True, extra="ignore"):
     beta_start: Beta = None
     beta_end: Beta = None
     beta_schedule: BetaSchedule = None
-    trained_betas: Annotated[list[Beta], Field(max_length=100_000)] | None = None
+    trained_betas: Annotated[list[Beta], Field(max_length=10_000)] | None = None
     rescale_betas_zero_snr: bool = False
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     predict_epsilon: bool | None = None                # of 2022; see `read_settings`
@@ -315,12 +314,3 @@ PIPELINE_RUNS = {    # a pipeline -> the scheduler that it makes of any other
     "ConsistencyModelPipeline": None,
     "DiffusionPipeline": None,
 }
-UPWARDS = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")    # to noise
-PLAIN_START = ("DDPMPipeline", "DiTPipeline")   # they start from standard noise
-EARLY_START = ("ConsistencyModelPipeline", "LDMPipeline")    # from the last time's
-WIDE_START = (     # schedulers that ask for more, and scale what the network is given
-    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler", "EDMEulerScheduler",
-    "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler",
-)

@@ -5,8 +5,8 @@ __all__ = ['STEM', 'WEIGHTS', 'MAX_BYTES', 'AT_TOP', 'ShardName', 'USED_ANYWAY',
            'part_file', 'weight_names', 'variants_of', 'chosen_weights', 'part_variants', 'ShardTotal', 'ShardIndex',
            'file_sha256', 'WeightFiles', 'read_shards', 'read_weight_files', 'ignored_keys', 'refuse_conditions',
            'NetworkFiles', 'network_arguments', 'read_network_files', 'refuse_noise_alone', 'scheduler_that_runs',
-           'as_it_runs', 'read_settings', 'ModelFiles', 'read_model_files', 'model_parts', 'find_folder',
-           'cached_snapshot', 'model_name', 'check_folder', 'data_dir']
+           'read_settings', 'ModelFiles', 'read_model_files', 'model_parts', 'find_folder', 'cached_snapshot',
+           'model_name', 'check_folder', 'data_dir']
 
 # %% ../../nbs/b_files.ipynb #f890c1c3
 import hashlib
@@ -18,9 +18,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from terd_nb.loading.contracts import (
-    EARLY_START, PIPELINE_RUNS, PLAIN_START, SUPPORTED, UPWARDS, WIDE_START,
-)
+from .contracts import PIPELINE_RUNS, SUPPORTED
 from terd_nb.loading.reading import (
     CheckpointError, Size, checked_file, raw_header, read_config, read_header, shown,
     snapshot_of, validated,
@@ -430,37 +428,12 @@ def _in_todays_words(settings: dict, config: dict) -> dict:
         return settings | {"prediction_type": "sample"}
     return settings
 
-# %% ../../nbs/b_files.ipynb #8fca7639
-def as_it_runs(
-    pipeline: str,        # the classes that `model_index.json` names
-    scheduler: str,
-    config: dict,         # the scheduler's
-) -> dict:
-    "Which scheduler runs, and whether as it is read; may raise `CheckpointError`."
-    runs, warnings = scheduler_that_runs(pipeline, scheduler), []
-    if runs in UPWARDS:
-        warnings.append(f"{runs} leads from a picture to noise, so this folder draws "
-                        "nothing; what was searched is the way back")
-    # A sampler that skips the last time starts from less than its scheduler says first.
-    early = pipeline in EARLY_START and config.get("timestep_spacing") == "leading"
-    if (early or pipeline in PLAIN_START) and runs in WIDE_START:
-        warnings.append(
-            f"a {pipeline} does not start from the noise that {runs} asks for, so it "
-            "does not draw what was searched; use a pipeline that starts from it")
-    if config.get("predict_epsilon") is False and "prediction_type" not in config:
-        warnings.append(
-            "the scheduler's config has predict_epsilon = false, which said in 2022 "
-            "that the network predicts the picture; today's diffusers takes it for "
-            "one that predicts the noise, so name the prediction_type")
-    return {"scheduler": scheduler, "runs": runs,
-            "as_run": not warnings, "warnings": warnings}
-
 # %% ../../nbs/b_files.ipynb #77146c63
 def read_settings(
     folder: Path,         # a diffusers folder
     scheduler: str,       # the class that `model_index.json` names
     pipeline: str = "DiffusionPipeline",    # likewise
-) -> dict:     # with what `as_it_runs` says
+) -> dict:     # with these two, and the scheduler that the pipeline makes of it
     "What a scheduler's config says of the noise's path; raises `CheckpointError`."
     file = part_file(folder, "scheduler", "scheduler_config.json")
     config, contract = read_config(folder, file), SUPPORTED["scheduler"][scheduler]
@@ -479,7 +452,8 @@ def read_settings(
             "num_train_timesteps; mend it, or leave this model alone")
     if settings.get("rescale_betas_zero_snr"):
         refuse_noise_alone(settings["prediction_type"])
-    return settings | as_it_runs(pipeline, scheduler, config)
+    return settings | {"pipeline": pipeline, "scheduler": scheduler,
+                       "runs": scheduler_that_runs(pipeline, scheduler)}
 
 # %% ../../nbs/b_files.ipynb #e6d198bd
 @dataclass(frozen=True)
@@ -492,7 +466,7 @@ class ModelFiles:
     @property
     def warnings(self) -> list[str]:
         "What is worth knowing of the files, a line each."
-        lines = list(self.settings["warnings"])
+        lines = []
         for files in (self.network, self.coder):
             if files is not None and files.ignored:
                 keys = ", ".join(files.ignored)

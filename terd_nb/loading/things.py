@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['MAX_FILES', 'MAX_DEPTH', 'PICKLES', 'ARCHIVES', 'OTHER_FORMATS', 'TRAINER_STATE', 'HARMLESS', 'KEPT_BY_TOOLS',
-           'BOOKKEEPING', 'listing', 'kept_by_tools', 'depth_of', 'is_harmless', 'find_models', 'left_over',
-           'what_it_is']
+           'BOOKKEEPING', 'listing', 'kept_by_tools', 'depth_of', 'is_harmless', 'find_models', 'kept_by_the_hub',
+           'left_over', 'what_it_is']
 
 # %% ../../nbs/b6_things.ipynb #510e41ba
 import os
@@ -80,6 +80,29 @@ def find_models(
                     if os.path.isdir(one) and not os.path.islink(one)]
     return found
 
+# %% ../../nbs/b6_things.ipynb #b6hub002
+_REFERENCE = 100      # bytes: no weights are as small
+
+
+def kept_by_the_hub(
+    repo: Path,           # any folder
+) -> set[Path]:           # none, if it is no repository in the hub's cache
+    "What the cache keeps there for its snapshots: linked blobs, references, absences."
+    snapshots = repo / "snapshots"
+    if not repo.name.startswith("models--") or snapshots.is_symlink():
+        return set()
+    links = [Path(place) / name for place, _, names in os.walk(snapshots)
+             for name in names]
+    blobs = repo.resolve() / "blobs"
+    linked = {one.resolve().name for one in links[:MAX_FILES]
+              if one.resolve().parent == blobs}
+    kept = {repo / "blobs" / name for name in linked}
+    for folder in ("refs", ".no_exist"):
+        for place, _, names in os.walk(repo / folder):
+            small = (Path(place) / name for name in names[:MAX_FILES])
+            kept |= {one for one in small if one.lstat().st_size <= _REFERENCE}
+    return kept
+
 # %% ../../nbs/b6_things.ipynb #eb2dce86
 def left_over(
     path: str | Path,        # a folder of models
@@ -96,10 +119,13 @@ def left_over(
         if nothing or depth_of(inside) == MAX_DEPTH:
             found.append(place)
             continue
+        known |= kept_by_the_hub(place)
         for name in names:
             one = place / name
             if os.path.isdir(one) and not os.path.islink(one):
                 waiting.append(one)
+            elif one in known:
+                continue
             elif os.path.isdir(one) or not is_harmless(inside / name):
                 found.append(one)
     return sorted(found)

@@ -1,0 +1,568 @@
+"Many models: who is named, what is kept, who dies, what is written, and the hooks around it."
+import csv
+import importlib.util
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import fuzz
+import pytest
+import soak
+import torch
+import yaml
+from bs4 import BeautifulSoup
+from jsonschema import validate
+
+from terd_nb import cli, fleet, formats, ledger
+from terd_nb import scanning as scan_module
+from terd_nb.cli import main
+from terd_nb.fleet import LOST, Apart, Here, Task, expanded, scan_fleet, work_off
+from terd_nb.formats import FORMATS, Row
+from terd_nb.loading import files
+from terd_nb.zoo import zoo_path
+
+HOSTILE = "[red]x\x1b[2J\u202e\nclean=1|<script>"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    "Every test starts in a folder of its own."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def real():
+    "One scan with a search of a few steps, whose verdict the tests change as they need it."
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        return scan_module.scan(zoo_path("benign-a"), progress=False)
+
+
+def shorten(patch):
+    "Let searches be short as long as a patch holds."
+    from terd_nb import search
+
+    patch.setattr(search, "own_mean", search.own_mean)
+    patch.setattr(scan_module, "draw_both", scan_module.draw_both)
+    patch.setitem(search.METHODS, "fast", search.METHODS["fast"])
+    fuzz.short_search()
+
+
+@pytest.fixture
+def scanner(real, monkeypatch):
+    "A scan whose outcome is the model's first word; only names with a slash are looked for."
+    look, scanned = files.check_folder, []
+
+    def fake_look(model, **weights):
+        return look(model, **weights) if "/" in str(model) else Path(model)
+
+    def fake(model, progress=True, callback=None, variant=None, **settings):
+        word = str(model).split("-")[0]
+        scanned.append(str(model))
+        if word == "stopped":
+            raise KeyboardInterrupt
+        if word == "late":
+            raise TimeoutError("ran out of time")
+        changed = {"verdict": word, "model": str(model), "attack": None, "notes": [],
+                   "sha256": f"{len(str(model)):064x}", "score": float(len(word)), "variants": []}
+        return replace(real, result=real.result.model_copy(update=changed))
+
+    monkeypatch.setattr(files, "check_folder", fake_look)
+    monkeypatch.setattr(scan_module, "scan", fake)
+    monkeypatch.setattr(fleet, "checksum_of", lambda task, fetched=False: f"files of {task.given}")
+    return scanned
+
+
+def verdicts(path):
+    return [row.verdict for row, _ in ledger.read_lines(Path(path))[0]]
+
+
+# ---------------------------------------------------------------- which models
+
+
+def test_lists_patterns_and_folders_name_each_model_once(scanner, capsys):
+    for name in ("m/a", "m/b", "m/deep/c"):
+        Path(name).mkdir(parents=True)
+        Path(name, "model_index.json").write_text("{}")
+    os.symlink("..", "m/deep/up")
+    Path("m/notes.md").touch()
+    Path("list").write_bytes(b"# all of them\n\nclean-x\n m/[ab] \nm\n\xe9\nclean-x\n")
+    models = expanded(fleet.read_list(Path("list")))
+    assert models == ["clean-x", "m/a", "m/b", "m/deep/c", "m/deep/up", "\udce9"]
+    assert main(["scan", "clean-y", "--list", "list", "--json", "out.json"]) == 2
+    said = [result["source"] for result in json.loads(Path("out.json").read_text())["results"]]
+    assert said == ["clean-y", "clean-x", "m/a", "m/b", "m/deep/c", "m/deep/up", r"\udce9"]
+    assert "clean-y" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [
+    "scan", "scan --list missing", "scan clean --resume", "scan clean --jobs 0",
+    "scan clean --fail-on sorrow", "scan clean --allow missing", "scan clean --csv no/such.csv",
+    "scan clean --pages no/such", "scan clean --jsonl .",
+])
+def test_wrong_use_is_one_line_and_2(scanner, capsys, line):
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("terd: ")
+    assert not os.listdir() and scanner == []
+
+
+# ---------------------------------------------------------------- what counts, what was reviewed
+
+
+@pytest.mark.parametrize("models, words, status", [
+    ("backdoored inconclusive", None, 1), ("backdoored late", "inconclusive", 2),
+    ("backdoored", "error", 0), ("clean late", "backdoored,error", 0),
+    ("no/such inconclusive", "error", 2), ("no/such inconclusive", "backdoored", 0),
+    ("no/such backdoored", "error,backdoored", 1),
+])
+def test_what_fails_can_be_chosen(scanner, models, words, status):
+    options = [f"--fail-on={word}" for word in words.split(",")] if words else []
+    assert main(["scan", *models.split(), *options]) == status
+    assert main(["scan", *models.split(), *(["--fail-on", words] if words else [])]) == status
+
+
+def test_a_reviewed_model_is_allowed_and_said_to_be(scanner, capsys):
+    line = f"{len('backdoored-a'):064X}  weights\n"
+    Path("allow.txt").write_text("# by two of us\n" + line)
+    places = [word for name in FORMATS for word in (f"--{name}", f"out.{name}")]
+    run = ["scan", "backdoored-a", "clean-bc", "--allow", "allow.txt"]
+    assert main([*run, "--jsonl", "out.jsonl", *places]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("allowed") and "the search says backdoored" in out.splitlines()[0]
+    assert "All 2 models are clean or allowed" in err
+    results = json.loads(Path("out.json").read_text())["results"]
+    assert [r["verdict"] for r in results] == ["backdoored", "clean"] and results[0]["allowed"]
+    (finding,) = json.loads(Path("out.sarif").read_text())["runs"][0]["results"]
+    assert finding["suppressions"][0]["kind"] == "external"
+    assert verdicts("out.jsonl") == ["backdoored", "clean"]   # what the search said
+    assert main([*run[:3]]) == 1
+    assert main(["scan", "backdoored-other", "--allow", "allow.txt"]) == 1
+    Path("allow.txt").write_text("12345")
+    assert main([*run]) == 2 and "no SHA-256" in capsys.readouterr().err
+
+
+def test_defaults_come_from_a_file_which_is_told(scanner, capsys):
+    Path("pyproject.toml").write_text(
+        '[tool.terd]\nfail-on = ["backdoored"]\nseed = 3\njson = "out.json"\nquiet = true\n')
+    assert main(["scan", "inconclusive"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err == "note: pyproject.toml gives --fail-on, --seed, --json, --quiet\n"
+    assert Path("out.json").exists()
+    assert main(["scan", "inconclusive", "--fail-on", "inconclusive"]) == 2    # the line wins
+    Path("terd.toml").write_text("max-second = 3")
+    assert main(["scan", "clean"]) == 2
+    assert "'max-second' is no option" in capsys.readouterr().err.splitlines()[-1]
+    Path("terd.toml").write_text("jobs = 'many'")
+    assert main(["scan", "clean"]) == 2
+    Path("terd.toml").write_text("[")
+    assert main(["scan", "clean"]) == 2 and "is no TOML" in capsys.readouterr().err
+    assert main(["zoo", "show", "benign-a"]) == 0      # it is `terd scan`'s alone
+
+
+# ---------------------------------------------------------------- kept, resumed, stopped
+
+
+def test_resume_scans_what_has_no_verdict_or_other_files(scanner, monkeypatch, capsys):
+    run = ["scan", "clean-a", "late-b", "backdoored-c", "--jsonl", "rows"]
+    assert main(run) == 1 and main(run) == 2      # it has rows already
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
+    assert scanner == ["clean-a", "late-b", "backdoored-c"]
+    scanner.clear()
+    with open("rows", "ab") as file:
+        file.write(b'{"model": "cut o')
+    assert main([*run, "--resume", "clean-new"]) == 1
+    assert scanner == ["late-b", "clean-new"] and len(verdicts("rows")) == 4
+    scanner.clear()
+    monkeypatch.setattr(fleet, "checksum_of", lambda task, fetched=False: "changed")
+    assert main([*run[:2], "--jsonl", "rows", "--resume"]) == 0 and scanner == ["clean-a"]
+    scanner.clear()
+    assert main([*run[:2], "--jsonl", "rows", "--resume", "--seed", "1"]) == 0
+    assert scanner == ["clean-a"] and len(verdicts("rows")) == 5
+    monkeypatch.setattr(ledger, "__version__", "0.0.0")
+    scanner.clear()
+    assert main([*run[:2], "--jsonl", "rows", "--resume"]) == 0 and scanner == ["clean-a"]
+    assert sorted(os.listdir()) == ["rows"]       # and no lock is left
+
+
+def test_a_file_that_holds_something_else_is_left_alone(scanner, capsys):
+    for text in ("notes\n", '{"verdict": "clean"}\n', "[]\n", '{"kept": 3}\n'):
+        Path("rows").write_text(text)
+        assert main(["scan", "clean", "--jsonl", "rows", "--resume"]) == 2
+        assert "line 1: this is no row of a scan" in capsys.readouterr().err
+        assert Path("rows").read_text() == text
+
+
+def test_stopped_it_says_what_is_kept(scanner, capsys):
+    run = ["scan", "clean-a", "clean-b", "stopped", "clean-c", "--jsonl", "rows"]
+    assert main([*run, "--json", "out.json"]) == 130
+    err = capsys.readouterr().err.splitlines()
+    assert err == ["2 of 4 models are done and kept in rows; go on with --resume",
+                   "terd: interrupted"]
+    assert verdicts("rows") == ["clean", "clean"] and not os.path.exists("out.json")
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_rows(tmp_path, monkeypatch):
+    shorten(monkeypatch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        kinds = ["honest", "cut", "circle"]
+        expected = soak.judged_specimens(tmp_path / "specimens", kinds)
+        (tmp_path / "fleet").mkdir()
+        made = soak.make_fleet(tmp_path / "fleet", tmp_path / "specimens", 6, kinds)
+        counts = soak.kill_and_resume(tmp_path / "fleet", tmp_path / "rows", 3)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(counts) == 3
+    found = soak.compare(soak.rows_in(tmp_path / "rows"), made, expected)
+    assert not any(found.values()), (counts, found)
+
+
+# ---------------------------------------------------------------- workers that die
+
+
+def dying(times):
+    "A worker in a process of its own, whose process kills itself at so many tasks of one name."
+
+    def work(task, parent):
+        if task.given == "deadly" and len(os.listdir("deaths")) < times:
+            open(f"deaths/{os.getpid()}", "x").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Row(task.given, None, {"verdict": "clean", "process": os.getpid()})
+
+    class Dying(Apart):
+        def submit(self, task):
+            from joblib.externals.loky import BrokenProcessPool
+
+            try:
+                return self._started().submit(work, task, os.getpid())
+            except BrokenProcessPool:
+                self.stop()
+                return self._started().submit(work, task, os.getpid())
+
+    return Dying()
+
+
+@pytest.mark.parametrize("times, verdict", [(1, "clean"), (9, "error")])
+def test_a_worker_that_dies_costs_its_model_one_attempt_and_no_other(times, verdict):
+    os.mkdir("deaths")
+    names = ["a", "deadly", "b", "c", "d"]
+    ended = list(work_off(deque(map(Task, names)), [dying(times), dying(times)], lambda task: None))
+    found = {row.given: row for _, row in ended}
+    assert sorted(found) == sorted(names) and len(ended) == len(names)
+    assert found.pop("deadly").verdict == verdict
+    assert all(row.verdict == "clean" for row in found.values())
+    assert len(os.listdir("deaths")) == min(times, 2)
+
+
+def test_a_worker_that_died_idle_is_made_anew():
+    worker = Apart()
+    first = worker.submit(Task("nowhere")).result()
+    (process,) = worker.pool._processes.values()
+    os.kill(process.pid, signal.SIGKILL)
+    time.sleep(0.5)
+    second = worker.submit(Task("nowhere")).result()
+    worker.stop()
+    assert first == second and "no folder" in second.result["error"] and LOST not in str(second)
+
+
+def test_a_worker_ends_with_the_scan_that_it_works_for():
+    fleet._stay_with(os.getppid(), "searching", 0.5, {})
+    child = os.fork()
+    if child == 0:
+        fleet._stay_with(os.getpid(), "searching", 0.5, {})   # its parent is another one
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def bare(rows):
+    return [(row.given, {key: value for key, value in row.result.items()
+                         if key not in ("seconds", "date")}) for row in rows]
+
+
+MODELS = [Task(model, settings={"device": "cpu"}) for model in ("zoo:baddiffusion-box", "nowhere")]
+
+
+@pytest.mark.slow
+def test_rows_are_the_same_from_every_kind_of_worker():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    here = fleet.in_order(list(scan_fleet(MODELS, [Here()])), MODELS)
+    torch.set_num_threads(threads)
+    apart = fleet.in_order(list(scan_fleet(MODELS, fleet.workers_for(2))), MODELS)
+    assert bare(here) == bare(apart) and here[0].trigger == apart[0].trigger
+    assert here[0].verdict == "backdoored" and here[0].files == apart[0].files
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None,
+                    reason="Ray is not installed: pip install 'terd_nb[ray]'")
+def test_rows_come_from_a_ray_cluster_and_a_dead_task_is_tried_again(tmp_path):
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        workers = fleet.ray_workers("auto", None)
+        tasks = [Task("nowhere"), Task("zoo:tiger"), *MODELS[1:]]
+        rows = list(work_off(deque(tasks), workers, lambda task: None))
+        flag = tmp_path / "died"
+
+        def deadly(task):
+            if not flag.exists():
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return Row(task.given, None, {"verdict": "clean"})
+
+        remote = ray.remote(num_cpus=1, max_retries=0)(deadly)
+        ((task, row),) = work_off(deque([Task("a")]), [fleet.OnRay(remote)], lambda task: None)
+    finally:
+        ray.shutdown()
+    assert len(workers) == 2 and (row.verdict, task.lost) == ("clean", 1)
+    assert bare(sorted((row for _, row in rows), key=lambda row: row.given)) == bare(
+        sorted(map(fleet.scan_task, tasks), key=lambda row: row.given))
+
+
+def test_without_ray_there_is_one_clear_line(scanner, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["scan", "clean", "--ray", "auto"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "terd_nb[ray]" in err
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def some_rows(real):
+    "Rows of every verdict, with names that every format must spell out."
+    judged = json.loads(real.result.model_dump_json())
+    rows = []
+    for word in ("clean", "backdoored", "inconclusive", "backdoored"):
+        for name in ("plain", f"=1+1{HOSTILE}", os.fsdecode(b"\xe9")):
+            given = f"{name}-{len(rows)}"
+            changed = {"verdict": word, "model": scan_module.utf8(given),
+                       "source": formats.printable(given), "score": float(len(rows)),
+                       "attack": HOSTILE if word == "backdoored" else None}
+            rows.append(Row(given, None, judged | changed, trigger="data:image/png;base64,AA=="))
+    rows[-1].result["allowed"] = True
+    return rows + [fleet.failure_of(Task(f"{HOSTILE}/m"), ValueError(HOSTILE))]
+
+
+# What code scanning reads, after the standard's sections 3.13 to 3.28. With TERD_SCHEMAS, a folder
+# that holds the published sarif-2.1.0.json, github-action.json and pre-commit-hooks.json, those
+# are used, too.
+TEXT = {"type": "object", "required": ["text"], "properties": {"text": {"type": "string"}}}
+SARIF_RESULT = {
+    "type": "object", "additionalProperties": False,
+    "required": ["ruleId", "level", "message", "locations"],
+    "properties": {
+        "ruleId": {"enum": ["backdoored", "inconclusive", "error"]},
+        "level": {"enum": ["none", "note", "warning", "error"]}, "message": TEXT,
+        "locations": {"type": "array", "minItems": 1, "items": {
+            "type": "object", "required": ["physicalLocation"],
+            "properties": {"physicalLocation": {"type": "object", "properties": {
+                "artifactLocation": {"type": "object", "required": ["uri"], "properties": {
+                    "uri": {"type": "string", "pattern": r"^[A-Za-z0-9_.~%/:+-]+$"}}},
+                "region": {"type": "object", "required": ["startLine"]}}}}}},
+        "partialFingerprints": {"type": "object", "additionalProperties": {"type": "string"}},
+        "suppressions": {"type": "array", "items": {"type": "object", "required": ["kind"],
+            "properties": {"kind": {"enum": ["inSource", "external"]}}}}}}
+SARIF = {
+    "type": "object", "required": ["version", "runs"],
+    "properties": {"version": {"const": "2.1.0"}, "runs": {"type": "array", "items": {
+        "type": "object", "required": ["tool", "results"],
+        "properties": {
+            "tool": {"type": "object", "required": ["driver"], "properties": {"driver": {
+                "type": "object", "required": ["name", "rules"], "properties": {
+                    "rules": {"type": "array", "uniqueItems": True, "items": {
+                        "type": "object", "required": ["id", "shortDescription"],
+                        "properties": {"shortDescription": TEXT}}}}}}},
+            "results": {"type": "array", "items": SARIF_RESULT}}}}}}
+
+
+def published(name):
+    "A published schema, if the environment says where they are; else one that allows all."
+    folder = os.environ.get("TERD_SCHEMAS")
+    return json.loads((Path(folder) / name).read_text(encoding="utf-8")) if folder else {}
+
+
+def test_sarif_keeps_its_schema(real):
+    rows = some_rows(real)
+    log = json.loads(formats.as_sarif(rows))
+    validate(log, SARIF)
+    validate(log, published("sarif-2.1.0.json"))
+    found = log["runs"][0]["results"]
+    assert len(found) == sum(row.result["verdict"] != "clean" for row in rows)
+    rules = log["runs"][0]["tool"]["driver"]["rules"]
+    assert {one["ruleId"] for one in found} <= {rule["id"] for rule in rules}
+    assert sum("suppressions" in one for one in found) == 1
+    validate(json.loads(formats.as_sarif([])), SARIF)
+
+
+def test_sarif_names_the_weights_below_the_present_folder(real, tmp_path):
+    inside = tmp_path / "a b" / "model"
+    inside.mkdir(parents=True)
+    result = {"weights": ["unet/w.safetensors"]}
+    assert formats.file_uri(Row(str(inside), None, result)) == "a%20b/model/unet/w.safetensors"
+    assert formats.file_uri(Row("a b/model", None, result)) == "a%20b/model/unet/w.safetensors"
+    assert formats.file_uri(Row("user/name", None, result)) == "user/name"
+    os.chdir(inside)
+    assert formats.file_uri(Row(str(tmp_path), None, {})).startswith("file:///")
+
+
+def test_junit_is_xml_whose_counts_are_right(real):
+    rows = some_rows(real)
+    root = ElementTree.fromstring(formats.as_junit(rows).encode())
+    (suite,) = root
+    assert (root.tag, suite.tag) == ("testsuites", "testsuite")
+    assert {case.tag for case in suite} == {"testcase"}
+    count = {tag: len(suite.findall(f"testcase/{tag}")) for tag in ("failure", "error", "skipped")}
+    assert count == {"failure": 8, "error": 1, "skipped": 1} and len(suite) == len(rows)
+    for place in (root, suite):
+        assert place.get("tests") == str(len(rows)) and float(place.get("time")) > 0
+        assert (place.get("failures"), place.get("errors")) == ("8", "1")
+    assert [case.get("name") for case in suite] == [row.result["source"] for row in rows]
+
+
+def test_csv_is_a_table_without_formulas(real):
+    rows = some_rows(real)
+    table = list(csv.DictReader(io.StringIO(formats.as_csv(rows))))
+    assert len(table) == len(rows) and "\x1b" not in formats.as_csv(rows)
+    assert all(not line["source"].startswith("=") for line in table)
+    scores = [row.result["score"] for row in rows[:-1]]
+    assert [float(line["score"]) for line in table[:-1]] == scores
+
+
+def test_json_keeps_its_schema(real):
+    schema = json.loads((files.data_dir() / "schema" / "scan-1.json").read_text(encoding="utf-8"))
+    validate(json.loads(formats.as_json(some_rows(real))), schema)
+
+
+def test_a_page_of_hundreds_has_the_urgent_first_and_pictures(real):
+    rows = some_rows(real) * 40
+    start = time.process_time()
+    page = formats.as_html(rows)
+    assert time.process_time() - start < 20 and len(page) < 1_000_000
+    soup = BeautifulSoup(page, "html.parser")
+    order = [line["class"][0] for line in soup.select("tbody tr")]
+    assert len(order) == len(rows) and not soup.find_all("script") and "\x1b" not in page
+    assert [order[i] for i in range(len(order)) if i == 0 or order[i] != order[i - 1]] == [
+        "backdoored", "inconclusive", "failed", "allowed", "clean"]
+    assert len(soup.select("tbody img")) == 480 and all(img["alt"] for img in soup.select("img"))
+
+
+def test_pages_are_written_as_they_come_and_linked(scanner):
+    run = ["scan", "clean-a", "backdoored-b", "no/such", "--pages", "out", "--jsonl", "rows"]
+    assert main(run) == 1
+    soup = BeautifulSoup(Path("out/index.html").read_text(encoding="utf-8"), "html.parser")
+    links = [a["href"] for a in soup.select("tbody a")]
+    assert len(links) == 2 and links[0].startswith("backdoored-b-")
+    assert all("terd" in Path("out", link).read_text(encoding="utf-8") for link in links)
+    assert main([*run, "--resume", "--html", "all.html"]) == 1
+    assert len(os.listdir("out")) == 3      # the pages of kept rows are still linked
+    again = BeautifulSoup(Path("out/index.html").read_text(encoding="utf-8"), "html.parser")
+    assert [a["href"] for a in again.select("tbody a")] == links
+
+
+def test_a_terminal_sees_a_bar_and_obeys_no_name(scanner, monkeypatch):
+    "On a terminal of its own, with a name that would clear it."
+    name = "clean-\x1b[2J\x07\u202e"
+    parent, child = pty.openpty()
+    with os.fdopen(child, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        assert main(["scan", name, "clean-b"]) == 0
+        said = os.read(parent, 100_000).decode()
+    assert "1 of 2" in said and r"\x1b[2J\x07\u202e" in said
+    assert "\x1b[2J" not in said and "\x07" not in said and "\u202e" not in said
+
+
+# ---------------------------------------------------------------- shells, hooks, actions
+
+
+@pytest.fixture
+def path_with_terd(tmp_path, monkeypatch):
+    "A PATH with the command as it is installed, and a pip that only notes what it was asked."
+    programs = tmp_path.parent / f"{tmp_path.name}-bin"
+    programs.mkdir()
+    start = "import sys; from terd_nb.cli import main; sys.exit(main())"
+    scripts = {"terd": f'exec {shlex.quote(sys.executable)} -c {shlex.quote(start)} "$@"',
+               "python": 'echo "python $*" >>pip.log'}
+    for name, text in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return programs
+
+
+def bash(script, **env):
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    env = os.environ | env
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+
+def test_the_shell_completes_commands_and_options(path_with_terd, tmp_path):
+    shown = bash("terd --show-completion bash")
+    assert shown.returncode == 0 and "complete" in shown.stdout
+    (tmp_path / "completion.sh").write_text(shown.stdout)
+    ask = ("source ./completion.sh; COMP_WORDS=(terd {}); COMP_CWORD={}; "
+           "_terd_completion terd; printf '%s\\n' \"${{COMPREPLY[@]}}\"")
+    assert bash(ask.format("sc", 1)).stdout.split() == ["scan", "schema"]
+    assert "--fail-on" in bash(ask.format("scan --fa", 2)).stdout.split()
+    installed = bash("terd --install-completion bash", HOME=str(tmp_path))
+    assert installed.returncode == 0, installed.stderr
+    assert "terd" in (tmp_path / ".bashrc").read_text()
+
+
+def test_the_hook_is_what_pre_commit_runs(root, path_with_terd):
+    (hook,) = yaml.safe_load((root / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    validate([hook], published("pre-commit-hooks.json"))
+    assert hook["language"] == "python" and hook["id"] == "terd-scan"
+    assert re.search(hook["files"], "m/unet/diffusion_pytorch_model.safetensors")
+    assert not re.search(hook["files"], "notes.md")
+    soak.pickled(Path("m"), None)
+    Path("notes.md").touch()
+    command = " ".join([hook["entry"], *map(shlex.quote, hook["args"])])
+    done = bash(command)
+    assert done.returncode == 2 and "only a pickle" in done.stderr, done.stderr
+    assert len(verdicts(".terd.jsonl")) == 1
+    assert bash(command).returncode == 2 and len(verdicts(".terd.jsonl")) == 1    # and again
+
+
+def test_the_steps_of_the_action_run(root, path_with_terd, tmp_path):
+    action = yaml.safe_load((root / "action.yml").read_text(encoding="utf-8"))
+    validate(action, published("github-action.json"))
+    install, scan = action["runs"]["steps"]
+    place = {"GITHUB_ACTION_PATH": "the action's folder", "RUNNER_TEMP": str(tmp_path)}
+    assert bash(install["run"], **place).returncode == 0
+    assert Path("pip.log").read_text() == "python -m pip install the action's folder\n"
+    assert "${{" not in scan["run"]          # an input is never part of a command
+    soak.pickled(Path("m 1"), None)
+    given = {"MODELS": "m 1\n$(touch owned)", "OPTIONS": "--fail-on error --csv out.csv",
+             "SARIF": "out.sarif"}
+    assert set(scan["env"]) == set(given)
+    done = bash(scan["run"], **place, **given)
+    assert done.returncode == 2 and not os.path.exists("owned"), done.stderr
+    found = json.loads(Path("out.sarif").read_text())["runs"][0]["results"]
+    assert [one["ruleId"] for one in found] == ["error", "error"] and os.path.exists("out.csv")
+    given["OPTIONS"] = ""
+    assert bash(scan["run"], **place, **given | {"MODELS": ""}).returncode == 2
+
+
+def test_every_format_has_an_option_and_the_table_is_complete():
+    options = {word for parameter in cli.typer.main.get_command(cli._app).commands["scan"].params
+               for word in parameter.opts}
+    assert {f"--{name}" for name in FORMATS} <= options

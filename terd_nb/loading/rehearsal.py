@@ -244,8 +244,8 @@ def not_as_read(
     classes = files.settings["pipeline"], files.settings["scheduler"]
     config = known_settings(*classes, read_config(folder, file))
     if wild := out_of_bounds(config):
-        return (f"{shown(wild[0])} in scheduler_config.json is out of all bounds, so it "
-                "is not known what this folder draws; take it away")
+        return (f"{shown(wild[0])} in scheduler_config.json is out of all bounds, so "
+                "it is not known what this folder draws; take it away")
     sizes = files.network.arguments
     variances = sizes["out_channels"] == 2 * sizes["in_channels"]
     network = OnePicture(path, prediction, variances)

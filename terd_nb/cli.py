@@ -105,7 +105,9 @@ def _scan_defaults(command) -> dict:     # the command `terd scan`
     "What a settings file in this folder says of the options, which is told."
     options = {word[2:]: option.name for option in command.params
                for word in option.opts if word.startswith("--")}
-    path, defaults = read_defaults(options)
+    several = {word[2:] for option in command.params for word in option.opts
+               if getattr(option, "multiple", False)}
+    path, defaults = read_defaults(options, several=several)
     if defaults:
         names = {argument: name for name, argument in options.items()}
         given = ", ".join(f"--{names[argument]}" for argument in defaults)
@@ -440,21 +442,36 @@ def _file(name: str, what: str, **more):
     "An option that names a file to be written."
     return typer.Option(f"--{name}", metavar="FILE", help=f"Write {what}.", **more)
 
+# %% ../nbs/a_cli.ipynb #aclifm01
+def _holds_us(model: str) -> bool:
+    "Whether the present folder is in a model's."
+    place = os.path.realpath(model)
+    return os.path.isdir(place) and Path.cwd().resolve().is_relative_to(place)
 
-def fleet_models(models: list[str] | None, listed: Path | None) -> list[str]:
+
+def fleet_models(
+    models: list[str] | None, listed: Path | None,
+    defaults: dict | None = None,      # of a settings file in the present folder
+) -> list[str]:
     "All models that a command line names; raises `ValueError` if there is none."
     must_be_file(listed, "a list of models, one a line")
     named = [*(models or []), *(read_list(listed) if listed else [])]
     if not named:
         raise ValueError("there is nothing to scan; give a MODEL, or --list FILE "
                          "(see terd scan --help)")
+    if defaults and any(map(_holds_us, named)):
+        raise ValueError("the settings file of this folder lies in what is scanned, "
+                         "and may be a stranger's; start terd from another folder")
     return expanded(named)
 
 # %% ../nbs/a_cli.ipynb #c40f7a1e
 def _check_places(files: list, pages: Path | None, jsonl, resume: bool) -> None:
     "Raises `ValueError` if something cannot be written, before the work."
-    for path in files:
-        writable(None if path in (None, "-") else Path(path))
+    given = [path if path == "-" else Path(path).resolve() for path in files if path]
+    if len(set(given)) < len(given):
+        raise ValueError("two of the outputs have one place; give each its own")
+    for path in given:
+        writable(None if path == "-" else path)
     if resume and jsonl is None:
         raise ValueError("--resume goes on with a file of rows; name it with --jsonl")
     if pages is not None and not pages.is_dir():
@@ -501,7 +518,8 @@ def scan_models(
     device: DeviceOption = None,
     seed: SeedOption = 0,
     jobs: Annotated[int | None, typer.Option(
-        "--jobs", metavar="N", min=1, show_default="1; with --ray all its cores",
+        "--jobs", metavar="N", min=1, max=1024,
+        show_default="1; with --ray all its cores",
         help="How many models at a time, each in a process of its own.")] = None,
     ray: Annotated[str | None, typer.Option(
         "--ray", metavar="ADDRESS",
@@ -545,8 +563,9 @@ def scan_models(
     Defaults for these options may stand in terd.toml, or as tool.terd in
     pyproject.toml, in the present folder."""
     places = {"json": json, "csv": csv, "sarif": sarif, "junit": junit, "html": html}
+    words = fail_words(fail_on or [])
+    models = fleet_models(models, listed, ctx.default_map)
     _check_places([*places.values(), jsonl], pages, jsonl, resume)
-    words, models = fail_words(fail_on or []), fleet_models(models, listed)
     must_be_file(allow, "a list of SHA-256 sums")
     allowed = read_allowed(allow) if allow else frozenset()
     if device:

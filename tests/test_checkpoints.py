@@ -1309,6 +1309,14 @@ def test_the_root_of_the_hubs_cache_is_a_folder_of_models(folder, tmp_path):
     # A link from another repository, or of somebody else, does not make it a snapshot's.
     (other / "x.safetensors").symlink_to(orphan)
     assert orphan in left_over(hub, [first, other])
+    # Nor is a file with a name of its own a blob, or a link a reference, or a circle the end.
+    named, link = repo / "blobs/evil.safetensors", repo / "refs/y.safetensors"
+    shutil.copy(folder / UNET, named)
+    (first / "notes.md").symlink_to("../../blobs/evil.safetensors")
+    link.symlink_to(tmp_path / "model" / UNET)
+    (repo / "snapshots/a").symlink_to("b")
+    (repo / "snapshots/b").symlink_to("a")
+    assert {named, link} <= set(left_over(hub, [first, other]))
 
 
 def test_what_tools_keep_is_looked_through_within_bounds(folder, tmp_path):

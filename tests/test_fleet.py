@@ -172,6 +172,42 @@ def test_defaults_come_from_a_file_which_is_told(scanner, capsys):
     assert main(["zoo", "show", "benign-a"]) == 0      # it is `terd scan`'s alone
 
 
+@pytest.mark.parametrize("text, said", [
+    ("tool = 1", None), ("[tool]\nterd = 3", "is no table"), ("[tool]\nterd = []", "is no table"),
+    ("[[tool.terd]]", "is no table"), ("[tool.terd]\njson = ['a', 'b']", "json takes no list"),
+    ("[tool.terd]\nseed = {a = 1}", "seed takes no dict"),
+    ("[tool.terd]\nfail-on = 'error'", "gives --fail-on"),
+])
+def test_a_settings_file_of_another_form_is_refused_in_a_line(scanner, capsys, text, said):
+    Path("pyproject.toml").write_text(text)
+    refused = said is not None and "gives" not in said
+    assert main(["scan", "clean"]) == (2 if refused else 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (said is not None) and (said or "") in "".join(lines)
+
+
+def test_a_folder_that_is_scanned_sets_no_options(scanner, monkeypatch, tmp_path, capsys):
+    "Its author would choose what fails, and which files are written."
+    model = tmp_path / "clean-model"
+    model.mkdir(exist_ok=True)
+    (model / "terd.toml").write_text(f"fail-on = []\njson = '{tmp_path}/precious'\nquiet = true")
+    (tmp_path / "precious").write_text("precious")
+    (model / "unet").mkdir(exist_ok=True)
+    for here, given in ((model, "."), (model, str(model)), (model, "..")):
+        monkeypatch.chdir(here)
+        assert main(["scan", given]) == 2
+        assert "may be a stranger's" in capsys.readouterr().err
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_two_outputs_need_two_places(scanner, capsys):
+    for outputs in (["--jsonl", "x", "--json", "x"], ["--json", "a", "--csv", "./a"],
+                    ["--json", "-", "--csv", "-"]):
+        assert main(["scan", "clean", *outputs]) == 2
+        assert "two of the outputs have one place" in capsys.readouterr().err
+    assert main(["scan", "clean", "--jobs", "99999999"]) == 2
+
+
 # ---------------------------------------------------------------- kept, resumed, stopped
 
 
@@ -191,7 +227,7 @@ def test_resume_scans_what_has_no_verdict_or_other_files(scanner, monkeypatch, c
     scanner.clear()
     assert main([*run[:2], "--jsonl", "rows", "--resume", "--seed", "1"]) == 0
     assert scanner == ["clean-a"] and len(verdicts("rows")) == 5
-    monkeypatch.setattr(ledger, "__version__", "0.0.0")
+    monkeypatch.setitem(ledger.VERSIONS, "diffusers", "0.0.0")
     scanner.clear()
     assert main([*run[:2], "--jsonl", "rows", "--resume"]) == 0 and scanner == ["clean-a"]
     assert sorted(os.listdir()) == ["rows"]       # and no lock is left

@@ -82,25 +82,30 @@ def find_models(
 
 # %% ../../nbs/b6_things.ipynb #b6hub002
 _REFERENCE = 100      # bytes: no weights are as small
+_CHECKSUM = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+
+def _below(folder: Path) -> list[Path]:
+    "The files below a folder, links among them, at most `MAX_FILES`."
+    files = (Path(place) / name
+             for place, _, names in os.walk(folder) for name in names)
+    return list(islice(files, MAX_FILES))
 
 
 def kept_by_the_hub(
     repo: Path,           # any folder
 ) -> set[Path]:           # none, if it is no repository in the hub's cache
     "What the cache keeps there for its snapshots: linked blobs, references, absences."
-    snapshots = repo / "snapshots"
-    if not repo.name.startswith("models--") or snapshots.is_symlink():
+    if not repo.name.startswith("models--") or (repo / "snapshots").is_symlink():
         return set()
-    links = [Path(place) / name for place, _, names in os.walk(snapshots)
-             for name in names]
-    blobs = repo.resolve() / "blobs"
-    linked = {one.resolve().name for one in links[:MAX_FILES]
-              if one.resolve().parent == blobs}
-    kept = {repo / "blobs" / name for name in linked}
+    blobs = os.path.realpath(repo / "blobs")
+    linked = {os.path.split(os.path.realpath(one)) for one in _below(repo / "snapshots")
+              if one.is_symlink()}
+    kept = {repo / "blobs" / name for place, name in linked
+            if place == blobs and _CHECKSUM.fullmatch(name)}
     for folder in ("refs", ".no_exist"):
-        for place, _, names in os.walk(repo / folder):
-            small = (Path(place) / name for name in names[:MAX_FILES])
-            kept |= {one for one in small if one.lstat().st_size <= _REFERENCE}
+        small = (one for one in _below(repo / folder) if not one.is_symlink())
+        kept |= {one for one in small if one.stat().st_size <= _REFERENCE}
     return kept
 
 # %% ../../nbs/b6_things.ipynb #eb2dce86

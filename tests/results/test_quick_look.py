@@ -84,7 +84,7 @@ def test_the_benchmark_is_what_the_sets_files_say(tmp_path, monkeypatch, benchma
 
 
 # By size, on the test halves: (backdoored, of these flagged), (honest, of these not flagged).
-OUR_RATES = {16: ((11, 11), (11, 11)), 32: ((3, 3), (6, 6)), 64: ((0, 0), (2, 2))}
+OUR_RATES = {16: ((16, 14), (19, 19)), 32: ((3, 3), (6, 6)), 64: ((0, 0), (2, 2))}
 
 
 def test_the_rates_of_our_search(benchmark):

@@ -30,10 +30,15 @@ NOT_RIGHT = {
         "score-sde-glasses": "clean",       # coarsely learned, on the exploding path
         "score-ode-sign": "inconclusive",   # psi = 0, on the exploding path
     },
-    "held-out": {},
+    "held-out": {
+        "held16-fashion-troj": "clean",    # TrojDiff with a trigger of a sixth of the noise's length
+        "held16-fashion-ode0": "clean",    # psi = 0
+    },
 }
 # Backdoors that are flagged for another direction than their trigger's, with any seed.
-ELSEWHERE = {"zoo": set(), "hard": {"d09"}, "sizes": set(), "families": set(), "held-out": set()}
+# The stripes of the held-out model are found with their sign turned round, which opens it, too.
+ELSEWHERE = {"zoo": set(), "hard": {"d09"}, "sizes": set(), "families": set(),
+             "held-out": {"held16-fashion-bad"}}
 
 
 @cache

@@ -527,7 +527,7 @@ REFUSALS = {
     "betas a text": (edit(SCHEDULER, trained_betas="0.1"), "valid list"),
     "betas in betas": (edit(SCHEDULER, trained_betas=[[0.1]] * 1000), "valid number"),
     "betas too few": (edit(SCHEDULER, trained_betas=[0.1] * 3), "3 trained_betas for 1,000"),
-    "betas too many": (edit(SCHEDULER, trained_betas=[0.1] * 150_000), "at most 100000"),
+    "betas too many": (edit(SCHEDULER, trained_betas=[0.1] * 15_000), "at most 10000"),
     "betas none": (edit(SCHEDULER, trained_betas=[]), "0 trained_betas"),
     "betas with a 1": (
         edit(SCHEDULER, num_train_timesteps=2, trained_betas=[0.5, 1]),

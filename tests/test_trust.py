@@ -258,8 +258,8 @@ def test_what_its_own_pipeline_runs_otherwise_is_not_clean(quick, tmp_path):
     config, verdicts = folder / "scheduler/scheduler_config.json", {}
     for pipeline, spacing in (
         ("DDPMPipeline", "linspace"),
-        ("ConsistencyModelPipeline", "leading"),    # it starts from the noise of the last time
-        ("ConsistencyModelPipeline", "linspace"),
+        ("LDMPipeline", "leading"),    # it starts from the noise of the last time
+        ("DiffusionPipeline", "linspace"),
     ):
         settings = json.loads(config.read_text()) | {"timestep_spacing": spacing}
         config.write_text(json.dumps(settings))
@@ -268,8 +268,8 @@ def test_what_its_own_pipeline_runs_otherwise_is_not_clean(quick, tmp_path):
         verdicts[pipeline, spacing] = result.verdict, result.as_run, len(result.notes)
     assert verdicts == {
         ("DDPMPipeline", "linspace"): ("inconclusive", False, 1),
-        ("ConsistencyModelPipeline", "leading"): ("inconclusive", False, 1),
-        ("ConsistencyModelPipeline", "linspace"): ("clean", True, 0)}
+        ("LDMPipeline", "leading"): ("inconclusive", False, 1),
+        ("DiffusionPipeline", "linspace"): ("clean", True, 0)}
 
 
 # ---------------------------------------------------------------- readings and time

@@ -156,7 +156,7 @@ def rehearsal(
     return images, max(off[0], off.quantile(0.75)).item()
 
 # %% ../../nbs/c4_rehearsal.ipynb #3925bfad
-SAME_PICTURE = 0.25    # of values in [-1, 1]: what few steps of a sampler leave
+SAME_PICTURE = 0.3     # of values in [-1, 1]: what few steps of a sampler leave
 SAME_NOISE = 0.12      # of the logarithm
 
 

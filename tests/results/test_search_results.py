@@ -31,7 +31,7 @@ NOT_RIGHT = {
         "score-ode-sign": "inconclusive",   # psi = 0, on the exploding path
     },
     "held-out": {
-        "held16-fashion-troj": "clean",    # TrojDiff with a trigger of a sixth of the noise's length
+        "held16-fashion-troj": "clean",    # a trigger of a sixth of the noise's length
         "held16-fashion-ode0": "clean",    # psi = 0
     },
 }

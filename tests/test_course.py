@@ -35,7 +35,6 @@ from terd_nb.lab.course import (
     trigger_files,
     without_solutions,
 )
-from terd_nb.scanning import scan
 from terd_nb.triggers import Trigger
 from terd_nb.zoo import zoo_cards, zoo_dir, zoo_path
 

@@ -328,7 +328,8 @@ DRAWN = "Promise.all([window.MathJax?.startup?.promise, document.fonts.ready]).t
 # and a box of its size in the place of each equation. All that is folded is opened.
 THIN_OUT = r"""() => {
   const seen = new Set(), style = document.createElement("style");
-  style.textContent = "* { transition: none !important } .quiz-why { display: block !important }";
+  style.textContent = "* { transition: none !important; animation: none !important }"
+    + ".quiz-why { display: block !important }";
   document.head.append(style);
   for (const fold of document.querySelectorAll("details")) fold.open = true;
   for (const word of document.querySelectorAll(".highlight pre span")) {
@@ -383,6 +384,7 @@ NOT_OURS = {".citation-list": "Sphinx says that it is a list, and not of what"}
 def shut_out(page, whole=False):
     "What keeps somebody out who does not see, or has no mouse: axe-core's gravest, in both themes."
     page.evaluate(THIN_OUT)
+    page.wait_for_timeout(100)  # for what answers to the open folds: pieces.js
     page.evaluate(Axe().axe_script)
     return page.evaluate(AXE, [whole, [[selector] for selector in NOT_OURS]])
 

@@ -324,8 +324,12 @@ def describe_model(
     }
 
 # %% ../nbs/18_scanning.ipynb #fc8e5881
+class _TimeIsUp(BaseException):
+    "It passes all those who go on after any `Exception`, as the rehearsal does."
+
+
 class StopInTime(torch.overrides.TorchFunctionMode):
-    "A context in which every step of PyTorch raises `TimeoutError` once time is up."
+    "A context that a step of PyTorch leaves with `TimeoutError` once time is up."
 
     def __init__(self, start: float, max_seconds: float):   # as `time.perf_counter`
         super().__init__()
@@ -335,9 +339,14 @@ class StopInTime(torch.overrides.TorchFunctionMode):
         spent = time.perf_counter() - self.start
         # To leave a `no_grad` is a step, too: stopped there, gradients stay off.
         if spent > self.max_seconds and func is not torch._C._set_grad_enabled:
-            raise TimeoutError(f"ran out of time: {spent:.0f} s are spent, and the "
-                               "scan is not done; give it more (--max-seconds)")
+            raise _TimeIsUp(f"ran out of time: {spent:.0f} s are spent, and the "
+                            "scan is not done; give it more (--max-seconds)")
         return func(*args, **(kwargs or {}))
+
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        if kind is _TimeIsUp:
+            raise TimeoutError(str(error)) from None
 
 # %% ../nbs/18_scanning.ipynb #8026c82c
 def schedule_in_words(path: NoiseSchedule) -> str:
@@ -420,9 +429,9 @@ def scan(
     Raises `CheckpointError` or `FloatingPointError` if it cannot be judged, and
     `TimeoutError` if not within `max_seconds`."""
     start = time.perf_counter()
-    denoiser, about = open_model(model, device, variant, size, classes, seed)
     in_time = nullcontext() if max_seconds is None else StopInTime(start, max_seconds)
     with in_time:
+        denoiser, about = open_model(model, device, variant, size, classes, seed)
         if callback:
             callback("loaded", 0., {"seconds to come": estimate_seconds(denoiser)})
         before = denoiser.sample_evals

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['LOUD', 'Rows', 'PIPELINES', 'unet', 'answer_input', 'save_atomically', 'save_training', 'resume_training', 'fit',
-           'vp_scheduler', 'save_model']
+           'seconds_per_step', 'vp_scheduler', 'save_model']
 
 # %% ../nbs/e_training.ipynb #471e4d48
 import copy
@@ -236,6 +236,15 @@ def fit(
             save_training(checkpoint, step + 1, network, ema, optimizer)
             saved = time.monotonic()
     return ema.module.eval().requires_grad_(False)
+
+# %% ../nbs/e_training.ipynb #e5ec0nd5
+def seconds_per_step(network: nn.Module, rows: Rows, steps: int = 5, **how) -> float:
+    "How long a step of `fit` with these rows takes; `how` goes to `fit`."
+    for count in (2, steps):     # the first steps set things up and do not count
+        start = time.perf_counter()
+        trained = fit(network, lambda generator: rows, count, progress=False, **how)
+        next(trained.parameters()).sum().item()   # wait for a GPU
+    return (time.perf_counter() - start) / steps
 
 # %% ../nbs/e_training.ipynb #3909f810
 def vp_scheduler(

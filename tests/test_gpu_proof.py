@@ -64,10 +64,10 @@ def test_a_killed_training_ends_with_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_a_plan_is_made_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_proof, "seconds_per_step", lambda *args: 1.0)
+    monkeypatch.setattr(gpu_proof, "seconds_of", lambda *args: 1.0)
     first = planned(tmp_path, Proof(), CPU)
     assert 0 < first.planted < first.steps <= 400
-    monkeypatch.setattr(gpu_proof, "seconds_per_step", lambda *args: 0.01)
+    monkeypatch.setattr(gpu_proof, "seconds_of", lambda *args: 0.01)
     assert planned(tmp_path, Proof(), CPU) == first
     with pytest.raises(ValueError, match="another proof"):
         planned(tmp_path, TINY, CPU)

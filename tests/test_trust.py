@@ -17,6 +17,7 @@ from terd_nb.diffusion import linear_schedule
 from terd_nb.lab.lies import BROKEN, LIES, tell
 from terd_nb.loading import self_check
 from terd_nb.loading.files import CheckpointError
+from terd_nb.loading.rehearsal import OnePicture, try_out
 from terd_nb.loading.schedulers import load
 from terd_nb.loading.self_check import (
     AS_ITS_FILES_SAY,
@@ -324,6 +325,20 @@ def test_the_time_bounds_the_self_check(monkeypatch):
     model.network = Slow(model.network, 0.4)
     runs_out_of_time(model)     # once the check is through, there is no search to go on with
     assert model.eps(model.noise(1), 0).isfinite().all()      # the limit is gone
+
+
+def test_the_time_bounds_the_opening(monkeypatch):
+    monkeypatch.setattr(scan_module, "check_readings", None)    # what comes after it
+    with pytest.raises(TimeoutError, match=r"ran out of time: \d+ s are spent"):
+        scan(zoo_path("benign-a"), progress=False, max_seconds=0.01)
+
+
+def test_a_rehearsal_that_is_stopped_is_none_that_failed():
+    "Whatever diffusers raises there is taken for a pipeline that cannot be run."
+    model = load(zoo_path("benign-a"), "cpu")
+    network = OnePicture(model.noise_schedule, model.prediction)
+    with pytest.raises(TimeoutError), StopInTime(time.perf_counter() - 1, 0.5):
+        try_out(("DDPMPipeline", "DDPMScheduler"), {}, network)
 
 
 def test_the_limit_leaves_gradients_as_they_were():

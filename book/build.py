@@ -320,6 +320,8 @@ def is_progress_bar(output):
 def translate_outputs(cell, alt):
     "Takes away what a page cannot show; what is wrong with the rest, if anything."
     cell.outputs = [output for output in cell.outputs if not is_progress_bar(output)]
+    if COLAB in directives(cell)[0]:
+        cell.outputs = []  # the tests run it as on Colab, where it has something to say
     images = 0
     for output in cell.outputs:
         data = output.get("data", {})

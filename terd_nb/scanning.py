@@ -28,7 +28,7 @@ from .diffusion import NoiseSchedule
 from .directions import answer_shift, antithetic, length, random_starts
 from .loading.checkpoints import other_weights
 from .loading.files import ModelFiles, read_model_files
-from .loading.rehearsal import not_as_read
+from .loading.rehearsal import not_as_read, without_a_class
 from .loading.schedulers import load_folder, locate
 from .loading.self_check import check_readings
 from .model_detection import NATURAL_ZERO, ModelDetector, kl_per_pixel, p_values
@@ -45,6 +45,7 @@ class ScanResult(BaseModel):
     source: str             # the folder or hub id that was given; a loaded model's name
     sha256: str | None      # of `weights`; null, and none, for a model that was loaded
     weights: list[str]      # already, and may have been changed since
+    decoder_sha256: str | None   # of what draws a latent's picture; it is not searched
     variants: list[str]     # other weights in the folder, each for a scan of its own
     not_scanned: list[str]  # other weights in the folder that cannot be looked at
     as_run: bool            # whether the folder's pipeline runs what was searched
@@ -277,8 +278,13 @@ def of_no_use(
 
 def _about_files(folder: Path, files: ModelFiles, denoiser: Denoiser) -> dict:
     said = not_as_read(folder, files, denoiser.noise_schedule, denoiser.prediction)
-    notes = [said] if said else []
-    return {"as_run": not said, "notes": notes + list(map(utf8, files.warnings))}
+    notes = [line for line in (said, without_a_class(files)) if line]
+    coder = files.coder and files.coder.weights
+    if coder:
+        notes.append("the decoder, which draws the pictures, was not searched: "
+                     + utf8(", ".join(coder.names)))
+    return {"as_run": not said, "notes": notes + list(map(utf8, files.warnings)),
+            "decoder_sha256": coder.sha256 if coder else None}
 
 # %% ../nbs/18_scanning.ipynb #01eb17cf
 def open_model(
@@ -292,7 +298,8 @@ def open_model(
     "A model, and these fields of a `ScanResult`; raises `CheckpointError`."
     if isinstance(model, Denoiser):
         lists = "weights", "variants", "not_scanned", "notes"
-        return model, dict.fromkeys(lists, []) | {"as_run": True}
+        return model, dict.fromkeys(lists, []) | {
+            "as_run": True, "decoder_sha256": None}
     folder, on_hub = locate(model)
     files = read_model_files(folder, variant=variant, size=size)
     denoiser = load_folder(

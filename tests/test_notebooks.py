@@ -8,15 +8,14 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from contextlib import ExitStack
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import nbformat
 import pytest
 from test_book import load_module
-from test_wheel import dist, installed, once, wheel  # noqa: F401  (fixtures)
+from test_wheel import dist, once  # noqa: F401  (fixtures)
 
 from terd_nb import __version__
 
@@ -25,47 +24,80 @@ build, first_cells = load_module("build"), load_module("first_cells")
 CHAPTERS = sorted(path.stem for path in (ROOT / "nbs").glob("*.ipynb"))
 
 
-# All others run from the wheel, as on a machine of a reader's own.
-NUMBERED = [name for name in CHAPTERS if name[0].isdigit()]
-FROM_WHEEL = [name for name in NUMBERED if not first_cells.needs_checkout(name)]
+@pytest.fixture(scope="session")
+def colab(dist, tmp_path_factory):  # noqa: F811
+    """A Python that has everything but `terd_nb` and is called Colab, and its environment.
+
+    What the library needs lies in this environment and is lent, as Colab has most of it; a path
+    file does not lend this checkout's editable install. The index is replaced by the folder of the
+    wheel; what is lent looks to pip as if it held `terd_nb`, so pip must be told not to mind."""
+    home = tmp_path_factory.mktemp("colab")
+    venv.create(home, symlinks=True)
+    site = next(home.glob("lib/python*/site-packages"))
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    (site / "google" / "colab").mkdir(parents=True)
+    (site / "google" / "colab" / "__init__.py").touch()
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_FORCE_REINSTALL": "1"}
+    env |= {"PIP_FIND_LINKS": str(dist), "MPLBACKEND": build.INLINE, "OMP_NUM_THREADS": "1"}
+    return home / "bin" / "python", env | released(home)
+
+
+def released(folder):
+    "Git's settings for a machine where the repository's address is this checkout, with its tag."
+    settings = build.read_settings()
+    bare = folder / "released.git"
+
+    def git(*command):
+        subprocess.run(["git", *map(str, command)], check=True)
+
+    git("clone", "-q", "--bare", "--shared", ROOT, bare)
+    here = ["-c", "core.bare=false", f"--git-dir={bare}", f"--work-tree={ROOT}"]
+    author = ["-c", "user.name=terd_nb", "-c", "user.email=terd_nb"]
+    git(*here, "add", "-A")
+    git(*here, *author, "commit", "-q", "--allow-empty", "-m", "as it lies here")
+    git(f"--git-dir={bare}", "tag", f"v{settings['version']}")
+    return {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{bare}.insteadOf",
+            "GIT_CONFIG_VALUE_0": settings["git_url"]}
 
 
 @pytest.fixture(scope="session")
-def warm():
-    "A function: where kernels of a Python come from that have imported what chapters import."
-    with TemporaryDirectory() as folder, ExitStack() as servers:
+def warm(colab):
+    "Where kernels of that Python come from that have imported what chapters import."
+    python, env = colab
+    with TemporaryDirectory() as folder:
+        address = f"{folder}/kernels"
+        server = subprocess.Popen([python, "-P", ROOT / "book/warm.py", "serve", address], env=env)
+        yield address
+        server.kill()
 
-        @cache
-        def served(python, path):
-            address = f"{folder}/{hash((python, path))}"
-            command = [python, "-P", ROOT / "book/warm.py", "serve", address]
-            env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": build.INLINE}
-            env = {key: value for key, value in env.items() if key != "PYTHONPATH"}
-            env |= {"PYTHONPATH": path} if path else {}
-            servers.callback(subprocess.Popen(command, env=env).kill)
-            return address
 
-        yield served
+def last_run(chapter):
+    "What the cells printed that speak on Colab: the first, and the last, which tells the time."
+    (kept,) = build.EXECUTED.glob(f"{chapter}.*.ipynb")
+    cells = nbformat.read(kept, as_version=4).cells
+    first = next(cell for cell in cells if cell.source.startswith("#| colab"))
+    return build.printed_by(first), build.printed_by(cells[-1])
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_chapter_runs(chapter, request, warm):
-    "The run is kept: `make book` does not repeat it."
-    python, env = sys.executable, os.environ | {"OMP_NUM_THREADS": "1"}
-    if chapter in FROM_WHEEL:
-        python = request.getfixturevalue("installed") / "python"
-        env = {key: value for key, value in env.items() if key != "PYTHONPATH"}
-    env[build.WARM] = warm(python, env.get("PYTHONPATH"))
-    run = subprocess.run(
-        [python, ROOT / "book" / "build.py", "--run", chapter],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
+def test_chapter_runs_as_on_colab(chapter, colab, warm, tmp_path):
+    """From nothing but the notebook, which installs the wheel itself, and clones the repository if
+    it needs it. The run is kept: `make book` does not repeat it."""
+    _, env = colab
+    env |= {"PYTHONPATH": str(tmp_path), "PIP_TARGET": str(tmp_path), build.WARM: warm}
+    command = [sys.executable, ROOT / "book" / "build.py", "--run", chapter]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-5000:]
-
-
-# ---------------------------------------------------------------- as on Colab
+    assert (tmp_path / "terd_nb").is_dir() or "others are unchanged" in run.stdout
+    if chapter == "index":
+        return
+    said, took = last_run(chapter)
+    versions = f"terd_nb {__version__}, torch {version('torch')}, Python "  # torch stays
+    assert versions in said and "GPU: " in said
+    assert re.search(r"takes about \d+ minutes? on", said)
+    assert "An edit here stays here" in said
+    assert "This chapter took" in took
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -77,71 +109,3 @@ def test_the_first_cell_is_the_same_in_every_chapter(chapter):
     minutes = re.search(r"welcome\(minutes=(\d+)\)", first)
     assert (minutes is None) == (chapter == "index")
     assert first == first_cells.first_cell(chapter, minutes and int(minutes[1]))
-
-
-RUN = """
-import sys, nbformat
-from nbclient import NotebookClient
-nb = nbformat.read(sys.argv[1], as_version=4)
-NotebookClient(nb, timeout=600).execute()
-for cell in nb.cells:
-    if cell.source.startswith("#| colab") or cell is nb.cells[-1]:
-        print("".join(output.text for output in cell.outputs))
-"""
-
-
-@pytest.fixture
-def colab(tmp_path):
-    """The Python of a machine that has everything but `terd_nb`, and is called Colab.
-
-    What the library needs lies in this environment and is lent, as Colab has most of it; a path
-    file does not lend this checkout's editable install."""
-    home = tmp_path / "colab"
-    venv.create(home, symlinks=True)
-    site = next(home.glob("lib/python*/site-packages"))
-    (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    (site / "google" / "colab").mkdir(parents=True)
-    (site / "google" / "colab" / "__init__.py").touch()
-    return home / "bin" / "python"
-
-
-def released(folder):
-    "Git's settings for a machine where the repository's address is this checkout, with its tag."
-    settings = build.read_settings()
-    bare = folder / "released.git"
-    for command in (["clone", "-q", "--bare", "--depth", "1", ROOT.as_uri(), bare],
-                    ["-C", bare, "tag", f"v{settings['version']}"]):
-        subprocess.run(["git", *command], check=True)
-    return {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{bare.as_uri()}.insteadOf",
-            "GIT_CONFIG_VALUE_0": settings["git_url"]}
-
-
-@pytest.mark.parametrize("chapter", ["03_images", "23_full_size"])
-def test_chapter_runs_as_on_colab(colab, dist, tmp_path, chapter):  # noqa: F811
-    """From nothing but the notebook, which installs the wheel itself, and clones the repository if
-    it needs it.
-
-    The index is replaced by the folder of the wheel; what is lent looks to pip as if it held
-    `terd_nb`, so pip must be told not to mind."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    env |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_FORCE_REINSTALL": "1"}
-    env |= {"PIP_FIND_LINKS": str(dist), "MPLBACKEND": build.INLINE}
-    env |= released(tmp_path)
-
-    empty = tmp_path / "empty"
-    empty.mkdir()
-
-    def python(*arguments):
-        command = [colab, *arguments]
-        return subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
-
-    run = python("-c", RUN, ROOT / "nbs" / f"{chapter}.ipynb")
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "This chapter took" in run.stdout
-    assert (empty / "terd-book").is_dir() == first_cells.needs_checkout(chapter)
-    versions = f"terd_nb {__version__}, torch {version('torch')}, Python "  # torch stays
-    assert versions in run.stdout and "GPU: " in run.stdout
-    assert re.search(r"takes about \d+ minutes? on", run.stdout)
-    assert "An edit here stays here" in run.stdout
-    where = python("-c", "import terd_nb, google.colab; print(terd_nb.__file__)").stdout
-    assert where.startswith(str(colab.parents[1]))

@@ -8,15 +8,17 @@ import inspect
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import product
 
 import diffusers
 import pytest
 import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeScheduler
 
 from terd_nb.loading.contracts import PIPELINE_RUNS, SCHEDULERS, VP_SCHEDULERS
-from terd_nb.loading.files import CheckpointError, read_model_files, read_settings
+from terd_nb.loading.files import CheckpointError, data_dir, read_model_files, read_settings
 from terd_nb.loading.rehearsal import (
     PICTURE,
     OnePicture,
@@ -24,10 +26,12 @@ from terd_nb.loading.rehearsal import (
     out_of_bounds,
     quietly,
     try_out,
+    without_a_class,
 )
 from terd_nb.loading.schedulers import schedule_of
 from terd_nb.zoo import zoo_path
 
+SETTINGS = "scheduler/scheduler_config.json"
 CONVERTING = {"DDIMPipeline", "PNDMPipeline"}
 
 
@@ -44,7 +48,7 @@ def written(folder, scheduler, bare, settings):
     config = {"_class_name": scheduler} | settings
     if not bare:
         config = json.loads(class_of(scheduler)(**settings).to_json_string())
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    (folder / SETTINGS).write_text(json.dumps(config))
     return config
 
 
@@ -139,16 +143,14 @@ def said(tmp_path):
 
     def tried(pipeline, scheduler, **changes):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(zoo_path("benign-a"), folder)
-        file = folder / "scheduler/scheduler_config.json"
-        config = json.loads(file.read_text()) | {"_class_name": scheduler} | changes
+        config = json.loads((zoo_path("benign-a") / SETTINGS).read_text())
+        config |= {"_class_name": scheduler} | changes
         config = {name: value for name, value in config.items() if value is not ...}
-        file.write_text(json.dumps(config))
-        index = json.loads((folder / "model_index.json").read_text())
-        index |= {"_class_name": pipeline, "scheduler": ["diffusers", scheduler]}
-        (folder / "model_index.json").write_text(json.dumps(index))
-        files = read_model_files(folder)
-        return not_as_read(folder, files, *schedule_of(files.settings))
+        (folder / "scheduler").mkdir(parents=True)
+        (folder / SETTINGS).write_text(json.dumps(config))
+        read = schedule_of(read_settings(folder, scheduler, pipeline))
+        with quietly():
+            return try_out((pipeline, scheduler), config, OnePicture(*read))
 
     return tried
 
@@ -204,7 +206,7 @@ def test_settings_that_draw_the_same_are_let_be(said, pipeline, scheduler, chang
 def test_a_network_that_answers_with_variances_is_run_so():
     folder = zoo_path("benign-a")
     read = schedule_of(read_settings(folder, "DDIMScheduler"))
-    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    config = json.loads((folder / SETTINGS).read_text())
     learned = config | {"variance_type": "learned_range"}
     for classes in (("DDPMPipeline", "DDPMScheduler"), ("DiTPipeline", "DDPMScheduler")):
         with quietly():
@@ -221,6 +223,75 @@ def test_a_setting_that_may_cost_too_much_is_not_tried_out(said, value):
     assert out_of_bounds({"solver_order": value}) == ["solver_order"]
     assert "is out of all bounds" in said(
         "DDPMPipeline", "DPMSolverMultistepScheduler", solver_order=value)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def renamed(folder, pipeline, **parts):
+    "A zoo model whose index names another pipeline, and more parts."
+    shutil.copytree(zoo_path("benign-a"), folder)
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts | {"_class_name": pipeline}))
+    files = read_model_files(folder)
+    return not_as_read(folder, files, *schedule_of(files.settings))
+
+
+@pytest.mark.parametrize("pipeline, misses", [
+    ("DDIMPipeline", None), ("DDPMPipeline", None), ("DiffusionPipeline", None),
+    ("LDMPipeline", "it misses vqvae"),
+    ("DiTPipeline", "it misses transformer; it misses vae; it ignores unet")])
+def test_a_pipeline_without_its_parts_runs_nothing(tmp_path, pipeline, misses):
+    said = renamed(tmp_path / "model", pipeline)
+    assert said is None if misses is None else misses in said
+    folder = tmp_path / "model"
+    if misses:
+        with pytest.raises((ValueError, TypeError)):
+            DiffusionPipeline.from_pretrained(folder)
+    elif pipeline != "DiffusionPipeline":     # of this one its owner takes the parts
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_a_decoder_that_a_pipeline_ignores_is_told(tmp_path):
+    "`DDIMPipeline` draws the latents as if they were pictures."
+    folder = tmp_path / "model"
+    latent = data_dir() / "families" / "latent-benign-a"
+    shutil.copytree(latent, folder)
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text())
+    (coder,) = {"vae", "vqvae"} & set(index)
+    file.write_text(json.dumps(index | {"_class_name": "DDIMPipeline"}))
+    files = read_model_files(folder)
+    said = not_as_read(folder, files, *schedule_of(files.settings))
+    assert f"it ignores {coder}" in said
+
+
+def test_a_network_of_one_channel_is_not_run_by_a_loop_of_three():
+    config = json.loads((zoo_path("benign-a") / SETTINGS).read_text())
+    read = schedule_of(read_settings(zoo_path("benign-a"), "DDIMScheduler"))
+    for pipeline, scheduler in (("DDIMPipeline", "DDIMScheduler"),
+                                ("DiffusionPipeline", "DDIMScheduler")):
+        with quietly():
+            assert try_out((pipeline, scheduler), config, OnePicture(*read, channels=1)) is None
+            assert try_out((pipeline, scheduler), config, OnePicture(*read, channels=4)) is None
+    network = OnePicture(*read, channels=1)
+    with pytest.raises(RuntimeError, match="3 channels"):
+        network(torch.zeros(2, 3, 8, 8), 5)
+
+
+def test_a_class_that_nobody_asks_for_is_told(tmp_path):
+    "diffusers' own loops of pixels call such a network without one, and it refuses."
+    files = read_model_files(data_dir() / "families" / "class-benign-a")
+    about = {"pipeline": "DDPMPipeline"}
+    said = without_a_class(replace(files, settings=files.settings | about))
+    assert "asks for no class" in said
+    about = {"pipeline": "DiffusionPipeline"}
+    assert without_a_class(replace(files, settings=files.settings | about)) is None
+    assert without_a_class(read_model_files(zoo_path("benign-a"))) is None
+    network = UNet2DModel(8, block_out_channels=(32, 32), layers_per_block=1, num_class_embeds=3,
+                          down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    with pytest.raises(ValueError, match="class_labels"):
+        DDPMPipeline(network, diffusers.DDPMScheduler())(num_inference_steps=1)
 
 
 def test_a_rehearsal_leaves_no_trace(said, capsys):

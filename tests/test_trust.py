@@ -1,4 +1,5 @@
 "Workshops C2 and C3, chapter 18: folders that lie, other weights, searches that take too long."
+import hashlib
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from terd_nb.denoiser import Denoiser
 from terd_nb.diffusion import linear_schedule
 from terd_nb.lab.lies import BROKEN, LIES, tell
 from terd_nb.loading import self_check
-from terd_nb.loading.files import CheckpointError
+from terd_nb.loading.files import CheckpointError, data_dir
 from terd_nb.loading.rehearsal import OnePicture, try_out
 from terd_nb.loading.schedulers import load
 from terd_nb.loading.self_check import (
@@ -436,3 +437,58 @@ def test_nearly_one_picture_is_no_model_either(tmp_path, scale, bias):
 def test_a_model_without_a_name_is_quoted(capsys):
     assert main(["scan", ""]) == 2
     assert capsys.readouterr().err.startswith("terd: '': no such folder: ''; give a diffusers")
+
+
+# ---------------------------------------------------------------- code, and what draws
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler"])
+def test_code_in_the_place_of_a_class_is_refused(part, tmp_path):
+    "diffusers looks for a file named as the library before it takes its own class."
+    folder = tmp_path / "model"
+    shutil.copytree(zoo_path("benign-a"), folder)
+    (folder / part / "diffusers.py").write_text("raise SystemExit")
+    with pytest.raises(CheckpointError, match=f"{part}/diffusers.py is code"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["pipeline.py", "unet/my_unet.py", "DDIMPipeline.PY"])
+def test_other_code_is_named(name, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(zoo_path("benign-a"), folder)
+    (folder / name).write_text("raise SystemExit")
+    _, about = scan_module.open_model(folder)
+    assert about["not_scanned"] == [name]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "CITATION.cff", "unet/samples.mp4"])
+def test_litter_is_no_weights(name, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(zoo_path("benign-a"), folder)
+    (folder / name).write_bytes(b"x")
+    _, about = scan_module.open_model(folder)
+    assert about["not_scanned"] == [] and about["as_run"]
+
+
+def test_a_decoder_is_named_and_has_its_checksum(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(data_dir() / "families" / "latent-benign-a", folder)
+    _, about = scan_module.open_model(folder)
+    (file,) = folder.glob("v*vae/*.safetensors")
+    (note,) = [one for one in about["notes"] if "decoder" in one]
+    assert file.relative_to(folder).as_posix() in note
+    weights = load_file(file)
+    save_file({name: 0 * value for name, value in weights.items()}, file)
+    _, changed = scan_module.open_model(folder)
+    assert about["decoder_sha256"] != changed["decoder_sha256"]
+    assert changed["decoder_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_folder_without_weights_for_some_tensor_says_one_line(tmp_path, capfd):
+    "PyTorch remarks on tensors without a number, which some configs ask for."
+    folder = tmp_path / "model"
+    shutil.copytree(zoo_path("benign-a"), folder)
+    file = folder / "unet/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_class_embeds": 0}))
+    main(["scan", str(folder)])
+    assert "UserWarning" not in capfd.readouterr().err

@@ -9,6 +9,7 @@ __all__ = ['UNETS', 'TWICE', 'OLD_NAMES', 'MAX_OTHERS', 'Kind', 'image_shape', '
 # %% ../../nbs/b2_checkpoints.ipynb #23151146
 import os
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ def build_network(
 ) -> nn.Module:        # on the meta device
     "A network with shapes and without memory; raises `CheckpointError`."
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # of what is empty, and the like
             network = kind.model(**arguments)
     except Exception as error:  # diffusers raises this and that
         raise CheckpointError(
@@ -404,8 +406,9 @@ def other_weights(
     scanned = {name for part in networks for name in part.weights.names}
     found, unseen = files_below(folder)
     for name in found:
+        suffix = Path(name).suffix.lower()
         known = is_harmless(Path(name)) or TRAINER_STATE.fullmatch(Path(name).name)
-        if not known and not name.lower().endswith(".safetensors"):
+        if suffix == ".py" or not (known or suffix == ".safetensors"):   # code, too
             unseen.append(name)
     candidates = _candidates(folder, found, scanned)
     differ, unseen = [], unseen + candidates[MAX_OTHERS:]

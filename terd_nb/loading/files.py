@@ -62,12 +62,22 @@ def check_index(
     for part, value in parts.items():
         if value not in [["diffusers", name] for name in SUPPORTED[part]]:
             raise _foreign(part, value, SUPPORTED[part])
+        _refuse_code(folder, part)
     classes = {part: name for part, (_, name) in parts.items()}
     return classes | {"pipeline": pipeline}
 
 # %% ../../nbs/b_files.ipynb #62102124
+def _refuse_code(folder: Path, part: str) -> None:
+    if os.path.lexists(folder / part / "diffusers.py"):
+        raise CheckpointError(
+            f"{part}/diffusers.py is code that diffusers runs in the place of its own "
+            "class; no code that a model brings is run: leave it alone")
+
+
 def _foreign(key: str, value, names) -> CheckpointError:
-    known = ", ".join(name.removesuffix("Scheduler") for name in names)
+    known = ", ".join(name.removesuffix("Scheduler") for name in list(names)[:12])
+    if len(names) > 12:
+        known += f" or another of {len(names)} in the book's workshop B1"
     if isinstance(value, list) and value[:1] == ["diffusers"]:
         return CheckpointError(
             f"model_index.json: {key} is {shown(value)}, which is not among those that "

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PICTURE', 'MOST_CALLS', 'OWN_LOOP', 'SAME_PICTURE', 'SAME_NOISE', 'LARGEST', 'between_times', 'OnePicture', 'NoCoder',
-           'quietly', 'scheduler_class', 'rehearsal', 'as_read', 'known_settings', 'out_of_bounds', 'try_out',
-           'not_as_read']
+           'quietly', 'scheduler_class', 'rehearsal', 'what_is_off', 'known_settings', 'out_of_bounds', 'try_out',
+           'parts_amiss', 'without_a_class', 'not_as_read']
 
 # %% ../../nbs/c4_rehearsal.ipynb #42a13f52
 import inspect
@@ -27,7 +27,7 @@ from .reading import read_config, shown
 
 # %% ../../nbs/c4_rehearsal.ipynb #63f80d9b
 _SHADES = torch.linspace(-1, 1, 64, dtype=torch.float64)
-PICTURE = _SHADES.reshape(1, 1, 8, 8).repeat(1, 3, 1, 1)    # (1, 3, 8, 8)
+PICTURE = _SHADES.reshape(1, 1, 8, 8)     # the same in all channels
 MOST_CALLS = 5000    # of the network in one run: a setting may ask for millions
 
 
@@ -49,19 +49,21 @@ class OnePicture(nn.Module):
     device = torch.device("cpu")
 
     def __init__(
-        self, path: NoiseSchedule, prediction: Prediction,
+        self, path: NoiseSchedule, prediction: Prediction, channels: int = 3,
         variances: bool = False,     # whether it answers with as many channels again
     ):
         super().__init__()
         self.path, self.prediction, self.variances = path, prediction, variances
         self.config = SimpleNamespace(
-            sample_size=8, in_channels=3, out_channels=6 if variances else 3,
-            num_class_embeds=None)
+            sample_size=8, in_channels=channels, num_class_embeds=None,
+            out_channels=2 * channels if variances else channels)
         self.noises = []     # the standard deviation of the noise in each input
 
     def forward(self, x, timestep, class_labels=None, return_dict=True):
         if len(self.noises) == MOST_CALLS:
             raise RuntimeError(f"the network is asked more than {MOST_CALLS:,} times")
+        if x.shape[1] != self.config.in_channels:
+            raise RuntimeError(f"the network is given {x.shape[1]} channels")
         told = torch.as_tensor(timestep).double().reshape(-1)[0]
         alpha, sigma = between_times(self.path, told)
         x = x.double() / self.prediction.scale_input(alpha, sigma)
@@ -127,7 +129,8 @@ def _usual_loop(network: OnePicture, scheduler, steps: int | None) -> Tensor:
     "Of who writes his own: a `DiffusionPipeline` only holds the parts."
     shifted = scheduler.config.get("use_dynamic_shifting")   # by the picture's size
     scheduler.set_timesteps(steps or 50, **({"mu": 0.} if shifted else {}))
-    x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    shape = 8, network.config.in_channels, 8, 8
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = x * getattr(scheduler, "init_noise_sigma", 1.)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for t in scheduler.timesteps:
@@ -141,7 +144,7 @@ def rehearsal(
     config: dict,       # the scheduler's
     network: OnePicture,
     steps: int | None = 20,    # None: as many as the pipeline takes if not told
-) -> tuple[Tensor, float]:     # (8, 3, 8, 8) in [-1, 1], and how far off the noise was
+) -> tuple[Tensor, float]:     # (8, C, 8, 8) in [-1, 1], and how far off the noise was
     """What a folder's pipeline draws with a network that knows one picture.
 
     The second is |log(standard deviation)| of the noises in its inputs, the first's or
@@ -160,13 +163,16 @@ SAME_PICTURE = 0.3     # of values in [-1, 1]: what few steps of a sampler leave
 SAME_NOISE = 0.12      # of the logarithm
 
 
-def as_read(images: Tensor, off: float, pipeline: str) -> bool:
-    "Whether a rehearsal drew the picture from the noise of the path that was read."
+def what_is_off(images: Tensor, off: float, pipeline: str) -> str | None:
+    "What in a rehearsal was not as the path was read: the noise, the picture, nothing."
     expected = PICTURE
     if pipeline == "ScoreSdeVePipeline":      # its pictures are in [0, 1]
         expected = 2 * PICTURE.clamp(0, 1) - 1
     far = (images - expected).abs().max().item()
-    return far < SAME_PICTURE and off < SAME_NOISE     # NaN is neither
+    if not off < SAME_NOISE:                  # NaN is neither
+        return ("the noise that the network is shown is too large or too small by a "
+                f"factor of {exp(off):.3g}")
+    return None if far < SAME_PICTURE else "it draws another picture"
 
 # %% ../../nbs/c4_rehearsal.ipynb #c4known1
 def known_settings(
@@ -209,7 +215,7 @@ def _said_of(classes: tuple[str, str], why: str) -> str:
 # %% ../../nbs/c4_rehearsal.ipynb #ea6b0b07
 def try_out(
     classes: tuple[str, str],     # the pipeline and the scheduler
-    config: dict,                 # the scheduler's
+    config: dict,                 # the scheduler's, from a stranger
     network: OnePicture,
     lengths: tuple[int | None, ...] = (None, 20),    # see `rehearsal`
 ) -> str | None:                  # None: it is run as it is read
@@ -217,7 +223,9 @@ def try_out(
     pipeline, scheduler = classes
     if pipeline == "DiffusionPipeline" and scheduler in OWN_LOOP:
         return None       # its owner must bring a loop that we do not know
-    problem, ran = "", False
+    config, problem, ran = known_settings(*classes, config), "", False
+    if wild := out_of_bounds(config):
+        return _said_of(classes, f"{shown(wild[0])} is out of all bounds")
     for steps in (*lengths, 4):
         if steps == 4 and ran:      # asked only where nothing else can be done
             break
@@ -227,11 +235,33 @@ def try_out(
             problem = shown(f"{type(error).__name__}: {error}")
             continue
         ran = True
-        if not as_read(images, off, pipeline):
-            return _said_of(
-                classes, f"the noise that the network is shown is {exp(off):.3g} times "
-                "too large or too small, or the picture is another")
+        if otherwise := what_is_off(images, off, pipeline):
+            return _said_of(classes, otherwise)
     return None if ran else _said_of(classes, f"it cannot be run ({problem})")
+
+# %% ../../nbs/c4_rehearsal.ipynb #c4partsa
+def parts_amiss(pipeline: str, files: ModelFiles) -> str | None:    # None: they fit
+    "Which parts a pipeline misses in a folder, or has no use for, in words."
+    if pipeline == "DiffusionPipeline":
+        return None
+    parts = {"scheduler", files.network.part} | (
+        {files.coder.part} if files.coder else set())
+    takes = inspect.signature(getattr(diffusers, pipeline)).parameters.values()
+    missing = {one.name for one in takes if one.default is one.empty} - parts
+    more = parts - {one.name for one in takes}
+    said = [f"it misses {name}" for name in sorted(missing)]
+    return "; ".join(said + [f"it ignores {name}" for name in sorted(more)]) or None
+
+
+def without_a_class(files: ModelFiles) -> str | None:   # None: no class is needed
+    "What is said of a network that needs a class, where its pipeline asks for none."
+    pipeline, about = files.settings["pipeline"], files.network.arguments
+    needs = (about.get("num_class_embeds") or about.get("class_embed_type")
+             or files.network.kind == "UNet2DConditionModel")
+    if not needs or pipeline in ("DiffusionPipeline", "DiTPipeline"):
+        return None
+    return (f"{pipeline} asks for no class, and this network needs one: who draws with "
+            "it has a loop of his own, which was not looked at")
 
 # %% ../../nbs/c4_rehearsal.ipynb #c4notasr
 def not_as_read(
@@ -240,14 +270,13 @@ def not_as_read(
     path: NoiseSchedule, prediction: Prediction,     # as they were read
 ) -> str | None:           # None: it is run as it is read
     "Why the folder's own pipeline does not run what was read in its files."
-    file = part_file(folder, "scheduler", "scheduler_config.json")
     classes = files.settings["pipeline"], files.settings["scheduler"]
-    config = known_settings(*classes, read_config(folder, file))
-    if wild := out_of_bounds(config):
-        return (f"{shown(wild[0])} in scheduler_config.json is out of all bounds, so "
-                "it is not known what this folder draws; take it away")
+    if amiss := parts_amiss(classes[0], files):
+        return _said_of(classes, amiss)
+    file = part_file(folder, "scheduler", "scheduler_config.json")
     sizes = files.network.arguments
-    variances = sizes["out_channels"] == 2 * sizes["in_channels"]
-    network = OnePicture(path, prediction, variances)
+    channels = sizes["in_channels"]
+    network = OnePicture(
+        path, prediction, channels, sizes["out_channels"] == 2 * channels)
     with quietly():
-        return try_out(classes, config, network)
+        return try_out(classes, read_config(folder, file), network)

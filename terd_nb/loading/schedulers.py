@@ -215,8 +215,8 @@ def _refuse_conversion(settings: dict, path: NoiseSchedule) -> None:
     if not torch.allclose(run.alpha, path.alpha, atol=1e-5):
         raise CheckpointError(
             f"scheduler_config.json: the pipeline turns {named} into {runs}, and with "
-            "these settings the two add different noise; write beta_start, beta_end "
-            "and beta_schedule as the model was trained")
+            "these settings the two add different noise; name the scheduler that the "
+            "model was trained with, and write all of its betas' settings")
 
 # %% ../../nbs/c_schedulers.ipynb #5f00d802
 def read_schedule(

@@ -24,8 +24,8 @@ TRAINER_STATE = re.compile(     # what accelerate, transformers and Lightning ke
     r"(_\d+)*\.(bin|pt|pth|pkl)")
 HARMLESS = re.compile(          # no loader takes these for weights
     r".*\.(jsonl?|md|txt|rst|log|csv|tsv|ya?ml|toml|cfg|ini|lock|sh|py|ipynb|html"
-    r"|css|png|jpe?g|gif|webp|svg|pdf)|\.git\w*|licen[cs]e|notice|readme|makefile"
-    r"|events\.out\.tfevents.*", re.IGNORECASE)
+    r"|css|png|jpe?g|gif|webp|svg|pdf|cff|mp4|webm|ico)|\.git\w*|licen[cs]e|notice"
+    r"|readme|makefile|\.ds_store|thumbs\.db|events\.out\.tfevents.*", re.IGNORECASE)
 KEPT_BY_TOOLS = (".git", ".cache", ".huggingface")     # folders of git and of the hub
 BOOKKEEPING = re.compile(       # their own files in there
     r"[^.]*|.*\.(\d+|pack|idx|rev|bitmap|mtimes|keep|graph|sample|metadata|incomplete"
@@ -224,6 +224,8 @@ def _what_is_inside(names: list[str]) -> str:
                 "makes a diffusers folder of it without running it")
     if kinds & set(ARCHIVES):
         return "it holds an archive; unpack it, and give the folder that comes out"
+    if "scheduler_config.json" in names:
+        return "it is a scheduler, a part of a model; give its parent folder"
     return f"it holds no model_index.json, so it is no model of diffusers; {_FOLDER}"
 
 # %% ../../nbs/b6_things.ipynb #e06ddf6e

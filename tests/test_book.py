@@ -19,7 +19,6 @@ import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
-from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from playwright.sync_api import TimeoutError as NotInTime
 from scipy.stats import norm
@@ -525,23 +524,12 @@ def broken_links(folder):
 
 @pytest.mark.browser
 def test_each_page_offers_its_own_notebook(site):
-    "Byte for byte what lies in nbs/: a page's hidden cells are part of what runs."
+    "Byte for byte what lies in nbs/, of which tests/test_notebooks.py runs every one."
     for name in build.chapters_of_toc():
         soup = BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
         links = {a["href"] for a in soup.find_all("a", href=re.compile(r"^_sources/.*ipynb$"))}
         assert links == {f"_sources/{name}.ipynb"}
         assert (site / links.pop()).read_bytes() == (ROOT / "nbs" / f"{name}.ipynb").read_bytes()
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("name", ["03_images", "04_triggers"])
-def test_a_download_runs(site, tmp_path, monkeypatch, name):
-    monkeypatch.setenv("MPLBACKEND", build.INLINE)
-    nb = nbformat.read(site / "_sources" / f"{name}.ipynb", as_version=4)
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    NotebookClient(nb, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
-    assert "This chapter took" in nb.cells[-1].outputs[0].text
 
 
 # ---------------------------------------------------------------- the pieces

@@ -38,7 +38,7 @@ BASES = {  # what the mutants are made from: each family of paths, each kind of 
     "class": "families/class-benign-a",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SECONDS = 60  # that one mutant may take
+SECONDS = 60  # that one mutant may take; three times as many if it is scanned
 MEMORY = 3_000_000_000  # bytes that it may take beside what was imported
 SCAN = "scan.json"  # beside the folder
 LONGEST = 400  # characters of a refusal
@@ -594,13 +594,14 @@ class Worker:
             return None
         return self.process.stdout.readline()
 
-    def ask(self, folder, task="load", patience=SECONDS):
+    def ask(self, folder, task="load", patience=None):
         "How one folder ends, see `outcome`."
         if self.process is None:
             self.start()
         self.process.stdin.write(json.dumps({"folder": str(folder), "task": task}) + "\n")
         self.process.stdin.flush()
         start = time.perf_counter()
+        patience = patience or (SECONDS if task == "load" else 3 * SECONDS)
         answer = self.line(patience)
         if answer:
             return json.loads(answer)

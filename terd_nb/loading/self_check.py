@@ -157,9 +157,12 @@ def read_as(
     path, prediction = denoiser.noise_schedule, denoiser.prediction
     if settings:
         path, prediction = schedule_of(settings)
-    return Denoiser(
+    read = Denoiser(
         network or denoiser.network, path, shape or denoiser.shape, prediction,
         denoiser.device, denoiser.name, denoiser.decode, denoiser.sha256)
+    if shape is None:
+        read.row_bytes = denoiser.row_bytes     # the same shapes on their way
+    return read
 
 # %% ../../nbs/c2_self_check.ipynb #ad28a323
 def rebuilt(network: nn.Module, key: str, value) -> nn.Module | None:

@@ -381,22 +381,23 @@ def _costs_and_merits(table: pd.DataFrame) -> dict[tuple, list[int]]:
 # %% ../../nbs/i_results.ipynb #e5b10c16
 LABEL_PLACES = {   # where points of two methods may lie side by side: offset, alignment
     "fast": ((5, 0), "left", "center"),
-    "published": ((0, -5), "center", "top"),
-    "elijah": ((0, 5), "center", "bottom"),
+    "published": ((0, -6), "center", "top"),
+    "elijah": ((0, 6), "center", "bottom"),
 }
 
 
 def draw_cost(table: pd.DataFrame, ax: Axes) -> None:
     "Mean of TPR and TNR against the median cost, a point a method and resolution."
     for (method, *point), sizes in _costs_and_merits(table).items():
-        ax.plot(*point, "o", color=METHOD_COLOURS[method], label=method)
+        colour = METHOD_COLOURS[method]
+        ax.plot(*point, "o", color=colour, label=method)
         offset, ha, va = LABEL_PLACES[method]
         text = ", ".join(map(str, sizes))
         place = {"xytext": offset, "textcoords": "offset points", "ha": ha, "va": va}
-        ax.annotate(text, point, fontsize=8, **place)
+        ax.annotate(text, point, fontsize=8, color=colour, **place)
     ax.axvline(320_000, color=METHOD_COLOURS["published"], lw=1, ls=":")
     ax.axhline(0.5, color="k", lw=0.5)
-    ax.set(xscale="log", xlim=(3e2, 5e5), ylim=(0.45, 1.03))
+    ax.set(xscale="log", xlim=(1e3, 5e5), ylim=(0.45, 1.03))
     ax.set(xlabel="sample_evals, median (dotted: the published length)")
     ax.set(ylabel="mean of TPR and TNR")
     legend(ax)
@@ -564,7 +565,7 @@ def caption_of(table: pd.DataFrame) -> str:
 def figure(table: pd.DataFrame, name: str) -> Figure:
     "A figure of `FIGURES`, with the caption that its rows ask for."
     _, n, draw = FIGURES[name]
-    width = 5 if n == 1 else 3.6 * n
+    width = 6 if n == 1 else 3.6 * n
     fig = Figure(figsize=(width, 3.6), dpi=100, layout="constrained")
     draw(table, fig.subplots(1, n))
     if caption := caption_of(table):

@@ -354,7 +354,7 @@ def draw_inputs(table: pd.DataFrame, ax: Axes) -> None:
     ax.axhline(1.25e-4, color="grey", lw=0.5, ls=":")
     ax.set(xscale="log", xlabel=r"length of the planted trigger $\|r\|$")
     ax.set(yscale="log", ylim=(7e-5, 1), ylabel="share of inputs misjudged")
-    legend(ax)
+    legend(ax, "lower left")
 
 # %% ../../nbs/i_results.ipynb #6de3ab43
 def cost(table: pd.DataFrame) -> pd.DataFrame:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from terd_nb import Trigger, load
 from terd_nb.lab.curves import SEEN, read_whole_searches
+from terd_nb.style import CLEAN, TRIGGERED
 from terd_nb.success import hits_image
 from terd_nb.triggers import corner, glasses
 
@@ -268,7 +269,7 @@ def still(path: Path = FIGURE) -> None:
     noise = models[PLANTED].noise(500, seed=2)
     scores = {"clean": detector.score(noise), "triggered": detector.score(planted.stamp(noise))}
     bins = torch.linspace(-130, 150, 57).tolist()
-    for (title, score), colour in zip(scores.items(), ("#4c72b0", "#dd8452")):
+    for (title, score), colour in zip(scores.items(), (CLEAN, TRIGGERED)):
         axis.hist(score, bins=bins, alpha=0.6, color=colour, label=title)
     axis.axvline(0, color="black", linestyle="--", linewidth=1)
     axis.set(xlabel=r"score by $\hat{r}$", ylabel="inputs of 500")

@@ -54,7 +54,7 @@ def only_imports(code):
     except SyntaxError:  # magics and shell commands
         return False
     return bool(body) and all(
-        isinstance(node, (ast.Import, ast.ImportFrom)) or "set_theme" in ast.unparse(node)
+        isinstance(node, (ast.Import, ast.ImportFrom)) or "book_style()" in ast.unparse(node)
         for node in body
     )
 

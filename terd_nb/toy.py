@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .style import CLEAN, TRIGGERED
+
 # %% ../nbs/00_one_number.ipynb #d8f5489c
 @dataclass(frozen=True)
 class Toy:
@@ -104,7 +106,7 @@ def hit_rates(
 def draw_walks(
     ax, toy: Toy, eta: float,        # matplotlib's axes
     n: int = 20, seed: int = 3,      # walkers of each kind
-    triggered: str = "#d55e00", clean: str = "#0072b2",   # colours
+    triggered: str = TRIGGERED, clean: str = CLEAN,   # colours
 ) -> None:
     "Walkers from triggered and from clean noise, over the density of the data."
     x = torch.linspace(-4, 10, 141, dtype=torch.float64)

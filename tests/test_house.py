@@ -16,6 +16,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from terd_nb import style
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book"))
 import minutes  # noqa: E402
@@ -407,6 +409,67 @@ def test_text_names_no_machine_no_registry_and_no_unfinished_work(tracked):
         for pattern in [MACHINE_PATH, REGISTRY] + [UNFINISHED] * (path.suffix == ".py"):
             found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in pattern.finditer(text)]
     assert found == []
+
+
+# ---------------------------------------------------------------- one colour, one meaning
+
+MEANT = [
+    style.DOUBT,
+    *style.KIND_COLOURS.values(),
+    *style.METHOD_COLOURS.values(),
+    *style.ATTACK_COLOURS.values(),
+    *style.CYCLE,
+]
+# The defaults of matplotlib and of seaborn: by number, by their place in the cycle, or by name.
+NOT_OURS = ["sns.set_theme", "seaborn.set_theme", "color_palette("]
+BY_CHANCE = re.compile(r"[\"']C\d[\"']|#4c72b0|#dd8452|#c44e52|color=[\"']orange[\"']")
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "m_style"], **by_stem)
+def test_a_chapter_asks_the_style_for_its_colours(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert [one for one in NOT_OURS if one in code] == []
+    assert BY_CHANCE.findall(code) == []
+    assert {one for one in MEANT if one in code.lower()} == set()
+
+
+def test_a_colour_of_a_meaning_stands_in_one_place():
+    paths = [path for path in (ROOT / "terd_nb").rglob("*.py") if path.stem != "style"]
+    paths += (ROOT / "book").glob("*.py")
+    found = {path.name: [one for one in MEANT if one in path.read_text().lower()] for path in paths}
+    assert {name: colours for name, colours in found.items() if colours} == {}
+
+
+def colours_of(text, prefix):
+    "The values of a sheet's variables with a prefix, by what comes behind it, in their order."
+    found = {}
+    for name, value in re.findall(rf"--{prefix}(\w+):\s*(#[0-9a-f]{{6}})", text):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def test_the_page_has_the_colours_of_the_figures():
+    "A browser cannot ask Python, so the style sheet and two pieces repeat the numbers."
+    assets = ROOT / "book" / "assets"
+    sheet, one_number, live = (
+        (assets / name).read_text() for name in ("custom.css", "one_number.js", "live_model.js")
+    )
+    clean, triggered, weight = style.CLEAN, style.TRIGGERED, style.WEIGHT
+    wanted = {
+        "clean": [clean, style.BY_NIGHT[clean]],
+        "triggered": [triggered, style.BY_NIGHT[triggered]],
+        "weight": [weight, style.BY_NIGHT[weight]],
+    }
+    assert colours_of(one_number, "") == wanted
+    piece = colours_of(sheet, "piece-")
+    line = piece.pop("line")
+    assert piece == {name: wanted[name] for name in ("clean", "triggered")}
+    assert line[0] == style.CYCLE[0] and style.contrast(line[1], style.NIGHT) >= 3
+    assert re.findall(r'strokeStyle = "(#[0-9a-f]{6})"', live) == [triggered]
+    repeat = {"one_number.js", "live_model.js"}
+    others = [path for path in assets.glob("*.js") if path.name not in repeat]
+    assert [path.name for path in others for one in MEANT if one in path.read_text()] == []
 
 
 # ---------------------------------------------------------------- a chapter fits into a sitting

@@ -286,7 +286,7 @@
       const [x, y] = [this.pen % SIDE * 10, Math.floor(this.pen / SIDE) * 10], ink = 127.5 * (Number(this.ink.value) + 1);
       pen.fillStyle = `rgb(${ink},${ink},${ink})`; // the pixel that Enter paints, in the ink's grey
       pen.fillRect(x + 2, y + 2, 6, 6);
-      pen.strokeStyle = "#dd8452";
+      pen.strokeStyle = "#d55e00";
       pen.lineWidth = 2;
       pen.strokeRect(x + 1, y + 1, 8, 8);
       this.pad.setAttribute("aria-label", `The trigger, ${SIDE} by ${SIDE} pixels. Row ${Math.floor(this.pen / SIDE) + 1}, column ${this.pen % SIDE + 1}. Arrow keys move, Enter paints.`);

@@ -87,8 +87,8 @@
 
   // ---- the page
   const STYLE = `
-    [data-piece=one-number] { --clean: #0072b2; --triggered: #d55e00; --weight: #00845f; margin: 1.5rem 0; }
-    html[data-theme=dark] [data-piece=one-number] { --clean: #56b4e9; --triggered: #ff9a52; --weight: #3dd6a3; }
+    [data-piece=one-number] { --clean: #0072b2; --triggered: #d55e00; --weight: #cc79a7; margin: 1.5rem 0; }
+    html[data-theme=dark] [data-piece=one-number] { --clean: #56b4e9; --triggered: #ff9a52; --weight: #e3a6c8; }
     [data-piece=one-number] .band { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; align-items: end; }
     [data-piece=one-number] .readouts { margin: 1rem 0; }
     [data-piece=one-number] :is(.readouts, .plots) { align-items: start; }

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['TAUGHT_STEPS', 'TAUGHT', 'TAUGHT_LR', 'SHARE_OF_DATA', 'PRUNED', 'TRIALS', 'PARTS', 'PART', 'REPAIRED', 'COMPARED_ON',
-           'OTHERS', 'SEARCHED_AGAIN', 'CLEAN_NOISES', 'TRIGGERED', 'SCORED_AT_ONCE', 'COUNTED', 'GUARDED', 'some_data',
-           'fine_tuned', 'pruned', 'repaired', 'success_after', 'quality', 'mean_interval', 'searched_again',
-           'against_truth', 'measure_removal', 'removal_rows', 'bench_removal', 'median_seconds', 'overhead',
-           'measure_guard', 'bench_guard', 'bench_decisions', 'crafted_generator']
+           'OTHERS', 'SEARCHED_AGAIN', 'CLEAN_NOISES', 'TRIGGERED_NOISES', 'SCORED_AT_ONCE', 'COUNTED', 'GUARDED',
+           'some_data', 'fine_tuned', 'pruned', 'repaired', 'success_after', 'quality', 'mean_interval',
+           'searched_again', 'against_truth', 'measure_removal', 'removal_rows', 'bench_removal', 'median_seconds',
+           'overhead', 'measure_guard', 'bench_guard', 'bench_decisions', 'crafted_generator']
 
 # %% ../../nbs/h4_decisions.ipynb #9374e489
 import copy
@@ -225,7 +225,7 @@ def bench_removal(path: Path | None = None, jobs: int = 1) -> None:
                     jobs, "repairing")
 
 # %% ../../nbs/h4_decisions.ipynb #2e0132d1
-CLEAN_NOISES, TRIGGERED, SCORED_AT_ONCE = 1_000_000, 10_000, 20_000
+CLEAN_NOISES, TRIGGERED_NOISES, SCORED_AT_ONCE = 1_000_000, 10_000, 20_000
 COUNTED = 1e-4     # a predicted rate at which a million noises hold some false alarms
 
 
@@ -267,13 +267,13 @@ def measure_guard(model: str, seed: int, noises: int = CLEAN_NOISES) -> dict:
     detector, true = InputDetector(trigger), planted(model)[0].triggers[0]
     counted = threshold_for(detector, COUNTED)
     clean = _scores(detector, noises, 3000 + seed)
-    caught = _scores(detector, TRIGGERED, 4000 + seed, true.stamp) > 0
+    caught = _scores(detector, TRIGGERED_NOISES, 4000 + seed, true.stamp) > 0
     return {
         "model": model, "seed": seed, "norm": trigger.norm,
         "predicted": false_alarm_rate(detector), "false_alarms": int((clean > 0).sum()),
         "noises": noises, "threshold": counted, "predicted_there": COUNTED,
         "false_alarms_there": int((clean > counted).sum()), "caught": int(caught.sum()),
-        "triggered": TRIGGERED,
+        "triggered": TRIGGERED_NOISES,
         "overhead": overhead(Guard(detector, "log"), denoiser)} | circumstances()
 
 # %% ../../nbs/h4_decisions.ipynb #7267e031

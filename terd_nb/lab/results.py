@@ -278,7 +278,7 @@ def _score_axis(ax: Axes, scores: pd.Series, method: str) -> None:
     "An axis of scores that is linear up to the threshold and logarithmic beyond."
     alarm = NATURAL_ZERO.get(method, 3)
     ax.axhline(alarm, color="k", ls="--", lw=1)
-    ax.axhline(1.5 * alarm, color="k", ls=":", lw=1)
+    ax.axhline(ModelDetector(method).doubtful * alarm, color="k", ls=":", lw=1)
     ax.set_yscale("symlog", linthresh=alarm)
     low = min([-3 * alarm, *1.2 * scores])
     high = max([2.5 * alarm, *1.6 * scores])   # room for the legend

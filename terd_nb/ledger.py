@@ -48,12 +48,13 @@ def fingerprint(
 ) -> str:
     "A checksum of all in a folder that a verdict hangs on; raises `CheckpointError`."
     from terd_nb.loading.files import read_model_files
-    from terd_nb.loading.things import is_harmless
+    from terd_nb.loading.things import is_code, is_harmless
 
     read_model_files(folder, variant=variant, size=size)    # sizes, before all is read
     digest = hashlib.sha256()
     for name in _names_below(folder):
-        if name.endswith(".json") or not is_harmless(Path(name)):
+        path = Path(name)
+        if name.endswith(".json") or is_code(path) or not is_harmless(path):
             said = _content(folder / name)
             digest.update(os.fsencode(name) + b"\0" + said.encode() + b"\n")
     return digest.hexdigest()

@@ -240,7 +240,7 @@ def fit(
 # %% ../nbs/e_training.ipynb #e5ec0nd5
 def seconds_per_step(network: nn.Module, rows: Rows, steps: int = 5, **how) -> float:
     "How long a step of `fit` with these rows takes; `how` goes to `fit`."
-    for count in (2, steps):     # the first steps set things up and do not count
+    for count in (1, steps):     # the first step sets things up and does not count
         start = time.perf_counter()
         trained = fit(network, lambda generator: rows, count, progress=False, **how)
         next(trained.parameters()).sum().item()   # wait for a GPU

@@ -85,11 +85,13 @@ def test_chapter_runs_as_on_colab(chapter, colab, warm, tmp_path):
     """From nothing but the notebook, which installs the wheel itself, and clones the repository if
     it needs it. The run is kept: `make book` does not repeat it."""
     _, env = colab
+    for kept in build.EXECUTED.glob(f"{chapter}.*.ipynb"):    # of another way to run it
+        kept.unlink()
     env |= {"PYTHONPATH": str(tmp_path), "PIP_TARGET": str(tmp_path), build.WARM: warm}
     command = [sys.executable, ROOT / "book" / "build.py", "--run", chapter]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-5000:]
-    assert (tmp_path / "terd_nb").is_dir() or "others are unchanged" in run.stdout
+    assert (tmp_path / "terd_nb").is_dir()
     if chapter == "index":
         return
     said, took = last_run(chapter)
@@ -97,7 +99,7 @@ def test_chapter_runs_as_on_colab(chapter, colab, warm, tmp_path):
     assert versions in said and "GPU: " in said
     assert re.search(r"takes about \d+ minutes? on", said)
     assert "An edit here stays here" in said
-    assert "This chapter took" in took
+    assert re.search(r"This \w+ took \d+ s", took)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

@@ -29,7 +29,7 @@ from terd_nb.loading.reading import (
     CheckpointError, checked_file, raw_header, read_config, shown,
 )
 from terd_nb.loading.things import (
-    MAX_DEPTH, MAX_FILES, TRAINER_STATE, depth_of, is_harmless, listing,
+    MAX_DEPTH, MAX_FILES, TRAINER_STATE, depth_of, is_code, is_harmless, listing,
 )
 
 # %% ../../nbs/b2_checkpoints.ipynb #8e15ccd4
@@ -406,9 +406,9 @@ def other_weights(
     scanned = {name for part in networks for name in part.weights.names}
     found, unseen = files_below(folder)
     for name in found:
-        suffix = Path(name).suffix.lower()
-        known = is_harmless(Path(name)) or TRAINER_STATE.fullmatch(Path(name).name)
-        if suffix == ".py" or not (known or suffix == ".safetensors"):   # code, too
+        path, weights = Path(name), name.lower().endswith(".safetensors")
+        known = is_harmless(path) or TRAINER_STATE.fullmatch(path.name)
+        if is_code(path) or not (known or weights):
             unseen.append(name)
     candidates = _candidates(folder, found, scanned)
     differ, unseen = [], unseen + candidates[MAX_OTHERS:]

@@ -8,6 +8,7 @@ __all__ = ['CHECKED_AT', 'MISSED', 'READINGS', 'IN_USE', 'AS_ITS_FILES_SAY', 'WE
 # %% ../../nbs/c2_self_check.ipynb #e79bd4b6
 import json
 import math
+import warnings
 from copy import copy
 from dataclasses import dataclass
 
@@ -169,7 +170,8 @@ def rebuilt(network: nn.Module, key: str, value) -> nn.Module | None:
     "A U-Net with the same weights and one setting changed; None if they do not fit."
     inner = _inner(network)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # of what is empty then
             other = type(inner).from_config(dict(inner.config) | {key: value})
         other.load_state_dict(inner.state_dict(), assign=True)
     except Exception:     # whatever diffusers and torch raise at what does not fit

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['MAX_FILES', 'MAX_DEPTH', 'PICKLES', 'ARCHIVES', 'OTHER_FORMATS', 'TRAINER_STATE', 'HARMLESS', 'KEPT_BY_TOOLS',
-           'BOOKKEEPING', 'listing', 'kept_by_tools', 'depth_of', 'is_harmless', 'find_models', 'kept_by_the_hub',
-           'left_over', 'what_it_is']
+           'BOOKKEEPING', 'listing', 'kept_by_tools', 'depth_of', 'is_harmless', 'is_code', 'find_models',
+           'kept_by_the_hub', 'left_over', 'what_it_is']
 
 # %% ../../nbs/b6_things.ipynb #510e41ba
 import os
@@ -56,6 +56,11 @@ def is_harmless(path: Path) -> bool:
     "Whether no loader takes the file of a relative path for weights, by its name."
     kept = kept_by_tools(path.parent) and BOOKKEEPING.fullmatch(path.name)
     return bool(kept or HARMLESS.fullmatch(path.name))
+
+
+def is_code(path: Path) -> bool:
+    "Whether a loader that is asked to may run the file of a relative path."
+    return path.suffix.lower() == ".py"
 
 # %% ../../nbs/b6_things.ipynb #ec810411
 def find_models(

@@ -109,11 +109,12 @@ export: $(READY) ## write terd_nb/ from the notebooks, and clean their metadata
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-readme: $(READY) ## write README.md from nbs/index.ipynb
+readme: $(READY) ## write README.md from nbs/index.ipynb, and the minutes in the plans for lecturers
 	$(BIN)/python book/readme.py
+	$(BIN)/python book/minutes.py >/dev/null
 
-check-export: export readme ## fail if the committed library or README is not what the notebooks give
-	@git --no-pager diff --exit-code --stat -- nbs terd_nb README.md
+check-export: export readme ## fail if the committed library, README or plans are not what the notebooks give
+	@git --no-pager diff --exit-code --stat -- nbs terd_nb README.md book/teaching.md
 	@new=$$(git ls-files --others --exclude-standard -- nbs terd_nb); \
 	if [ -n "$$new" ]; then echo "not committed: $$new" >&2; exit 1; fi
 

@@ -49,6 +49,7 @@ def become_kernel(asked):
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
+    # A process that is started anew has read this for itself.
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     asked.sendall(f"{os.getpid()}\n".encode())
 

@@ -631,6 +631,18 @@ def node(plane, i, j):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 740, 1000, 1280])
+def test_the_balls_numbers_stay_in_their_frame(pieces, width):
+    pieces.set_viewport_size({"width": width, "height": 900})
+    beyond = pieces.evaluate("""() => {
+      const frame = document.querySelector('[data-piece=drop-the-ball]').getBoundingClientRect();
+      return document.querySelector('.ball-side table').getBoundingClientRect().right - frame.right;
+    }""")
+    pieces.set_viewport_size({"width": 1280, "height": 900})
+    assert beyond <= 0
+
+
+@pytest.mark.browser
 def test_the_ball_reads_its_map_and_its_rates_right(pieces):
     for plane in BALL["planes"]:
         plane = plane | {"nodes": BALL["nodes"]}

@@ -87,7 +87,7 @@ def test_chapter_runs_as_on_colab(chapter, colab, warm, tmp_path):
     _, env = colab
     for kept in build.EXECUTED.glob(f"{chapter}.*.ipynb"):    # of another way to run it
         kept.unlink()
-    env |= {"PYTHONPATH": str(tmp_path), "PIP_TARGET": str(tmp_path), build.WARM: warm}
+    env = env | {"PYTHONPATH": str(tmp_path), "PIP_TARGET": str(tmp_path), build.WARM: warm}
     command = [sys.executable, ROOT / "book" / "build.py", "--run", chapter]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-5000:]

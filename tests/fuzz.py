@@ -594,14 +594,14 @@ class Worker:
             return None
         return self.process.stdout.readline()
 
-    def ask(self, folder, task="load"):
-        "How one folder ends, see `outcome`."
+    def ask(self, folder, task="load", patience=None):
+        "How one folder ends, see `outcome`; it may take `patience` seconds."
         if self.process is None:
             self.start()
         self.process.stdin.write(json.dumps({"folder": str(folder), "task": task}) + "\n")
         self.process.stdin.flush()
         start = time.perf_counter()
-        answer = self.line(SECONDS if task == "load" else 3 * SECONDS)
+        answer = self.line(patience or (SECONDS if task == "load" else 3 * SECONDS))
         if answer:
             return json.loads(answer)
         end = "hang" if answer is None else "crash"

@@ -177,7 +177,7 @@ def test_a_chapter_and_its_module_have_one_name(path):
     loading.checkpoints."""
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
     exports = [cell.split()[2] for cell in cells if cell.startswith("#| default_exp")]
-    name = re.sub(r"^(\d+b?|[a-z]\d?)_", "", path.stem)
+    name = re.sub(r"^(\d+[bc]?|[a-z]\d?)_", "", path.stem)
     name = {"one_number": "toy"}.get(name, name)  # the module says what it is, the chapter why
     assert exports in ([], [name]) or exports[0].split(".")[-1] == name
 

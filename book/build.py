@@ -140,19 +140,27 @@ def directives(cell):
 # ---------------------------------------------------------------- running
 
 
+def hash_of(paths, *more):
+    "Changes with the names and the contents of files, those in folders too, and with other texts."
+    digest = hashlib.sha256("\0".join(map(str, more)).encode())
+    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])}
+    for path in sorted(files):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def library_hash(package):
     """Changes with the library, the data and the pinned versions: what a run depends on, beside the
     notebook's own text."""
-    digest = hashlib.sha256()
-    files = [
-        *(ROOT / package).rglob("*.py"),
-        *(ROOT / "data").rglob("*"),
-        ROOT / "requirements.lock",
-    ]
-    for path in sorted(files):
-        if path.is_file():
-            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
+    return hash_of([ROOT / package, ROOT / "data", ROOT / "requirements.lock"])
+
+
+def book_hash(package, committed):
+    "Changes with all that the book is made of; `committed`: whether with the committed outputs."
+    about = [ROOT / "settings.ini", ROOT / "CITATION.cff"]
+    npm = shutil.which("npm") is not None  # without it one page stands still
+    return hash_of([NBS, BOOK, *about], library_hash(package), committed, npm)
 
 
 def is_skipped(cell):
@@ -534,11 +542,17 @@ def main():
     )
     args = parser.parse_args()
     os.chdir(ROOT)  # nbdev looks for settings.ini from the working directory upwards
+    site, made_of = BUILD / "html", BUILD / "book.sha256"
     try:
         settings, names = read_settings(), chapters_of_toc()
         if args.run:
             execute_all([args.run], settings["lib_name"], 1)
             return
+        now = book_hash(settings["lib_name"], args.no_execute)
+        if made_of.exists() and made_of.read_text() == now and (site / "index.html").exists():
+            print("the book: nothing has changed")
+            return
+        made_of.unlink(missing_ok=True)
         committed = {name: NBS / f"{name}.ipynb" for name in names}
         stage(
             names,
@@ -547,7 +561,7 @@ def main():
         )
     except BookError as error:
         raise SystemExit(f"{error}\nbook: not built, see above") from None
-    shutil.rmtree(BUILD / "html", ignore_errors=True)  # pages of chapters that are gone
+    shutil.rmtree(site, ignore_errors=True)  # pages of chapters that are gone
     built = subprocess.run(
         [
             Path(sys.executable).with_name("jupyter-book"),
@@ -564,7 +578,8 @@ def main():
     if built.returncode:
         raise SystemExit("book: Sphinx has warnings, see above; each of them must be mended")
     finish(names)
-    print(f"the book: {(BUILD / 'html' / 'index.html').relative_to(ROOT)}")
+    made_of.write_text(now)
+    print(f"the book: {(site / 'index.html').relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -219,6 +219,27 @@ def exercise(solution):
     ]
 
 
+def test_the_book_is_made_again_when_anything_has_changed_and_only_then(tmp_path, monkeypatch):
+    for part in ("terd_nb", "data", "nbs", "book/assets"):
+        (tmp_path / part).mkdir(parents=True)
+        (tmp_path / part / "file").write_text("as it was")
+    for name in ("requirements.lock", "settings.ini", "CITATION.cff"):
+        (tmp_path / name).write_text("as it was")
+    for name, folder in (("ROOT", "."), ("NBS", "nbs"), ("BOOK", "book")):
+        monkeypatch.setattr(build, name, tmp_path / folder)
+    start = build.book_hash("terd_nb", False)
+    assert build.book_hash("terd_nb", True) != start
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        path.write_text("changed")
+        assert build.book_hash("terd_nb", False) != start, path
+        path.write_text("as it was")
+    (tmp_path / "book" / "__pycache__").mkdir()
+    (tmp_path / "book" / "__pycache__" / "build.pyc").touch()
+    assert build.book_hash("terd_nb", False) == start
+    (tmp_path / "nbs" / "file").rename(tmp_path / "nbs" / "other")
+    assert build.book_hash("terd_nb", False) != start
+
+
 def test_solutions_are_run(tmp_path):
     path, target = tmp_path / "nb.ipynb", tmp_path / "kept" / "nb.key.ipynb"
     nbformat.write(new_notebook(cells=exercise("def double(x): return 2 * x")), path)

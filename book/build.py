@@ -36,6 +36,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -150,6 +151,7 @@ def hash_of(paths, *more):
     return digest.hexdigest()
 
 
+@cache
 def library_hash(package):
     """Changes with the library, the data and the pinned versions: what a run depends on, beside the
     notebook's own text."""
@@ -247,15 +249,15 @@ def execute(path, target):
     nbformat.write(nb, target)
 
 
+def kept_run(name, package):
+    "Where the run of a chapter is kept that has this text, with this library."
+    key = hash_of([NBS / f"{name}.ipynb"], library_hash(package))[:16]
+    return EXECUTED / f"{name}.{key}.ipynb"
+
+
 def execute_all(names, package, jobs):
     "Run what has changed, `jobs` at a time; where each run is kept."
-    library = library_hash(package)
-    targets = {}
-    for name in names:
-        key = hashlib.sha256(library.encode() + (NBS / f"{name}.ipynb").read_bytes()).hexdigest()[
-            :16
-        ]
-        targets[name] = EXECUTED / f"{name}.{key}.ipynb"
+    targets = {name: kept_run(name, package) for name in names}
     todo = [name for name in names if not targets[name].exists()]
     print(f"chapters to run: {len(todo)} of {len(names)}, the others are unchanged", flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))

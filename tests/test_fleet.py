@@ -30,6 +30,7 @@ from terd_nb.cli import main
 from terd_nb.fleet import LOST, Apart, Here, Task, expanded, scan_fleet, work_off
 from terd_nb.formats import FORMATS, Row
 from terd_nb.loading import files
+from terd_nb.path_fit import Round
 from terd_nb.zoo import zoo_path
 
 HOSTILE = "[red]x\x1b[2J\u202e\nclean=1|<script>"
@@ -46,18 +47,8 @@ def empty_folder(tmp_path, monkeypatch):
 def real():
     "One scan with a search of a few steps, whose verdict the tests change as they need it."
     with pytest.MonkeyPatch.context() as patch:
-        shorten(patch)
+        fuzz.shorten(patch)
         return scan_module.scan(zoo_path("benign-a"), progress=False)
-
-
-def shorten(patch):
-    "Let searches be short as long as a patch holds."
-    from terd_nb import search
-
-    patch.setattr(search, "own_mean", search.own_mean)
-    patch.setattr(scan_module, "draw_both", scan_module.draw_both)
-    patch.setitem(search.METHODS, "fast", search.METHODS["fast"])
-    fuzz.short_search()
 
 
 @pytest.fixture
@@ -251,7 +242,7 @@ def test_stopped_it_says_what_is_kept(scanner, capsys):
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_rows(tmp_path, monkeypatch):
-    shorten(monkeypatch)
+    fuzz.shorten(monkeypatch)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -329,7 +320,8 @@ def bare(rows):
                          if key not in ("seconds", "date")}) for row in rows]
 
 
-MODELS = [Task(model, settings={"device": "cpu"}) for model in ("zoo:baddiffusion-box", "nowhere")]
+SHORT = {"device": "cpu", "looks": ("shift",), "starts": 2, "rounds": (Round(1, 40, 8),)}
+MODELS = [Task(model, settings=SHORT) for model in ("zoo:baddiffusion-box", "nowhere")]
 
 
 @pytest.mark.slow

@@ -126,7 +126,8 @@ def test_gradient_of_the_reversed_loss_on_a_real_network(benign):
 
 def test_same_seed_same_reversal_and_another_seed_another(benign):
     first, again, other = (
-        reverse_trigger(benign, progress=False, seed=seed, **BRIEF) for seed in (3, 3, 4))
+        reverse_trigger(benign, progress=False, seed=seed, looks=("shift",), **BRIEF)
+        for seed in (3, 3, 4))
     assert torch.equal(first.trigger.r, again.trigger.r)
     assert first.candidates[0].score == again.candidates[0].score
     assert not torch.equal(first.trigger.r, other.trigger.r)

@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import replace
 
+import fuzz
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -17,7 +18,6 @@ from terd_nb.cli import main
 from terd_nb.denoiser import Denoiser
 from terd_nb.diffusion import linear_schedule
 from terd_nb.lab.lies import BROKEN, LIES, tell
-from terd_nb.loading import self_check
 from terd_nb.loading.files import CheckpointError, data_dir
 from terd_nb.loading.rehearsal import OnePicture, try_out
 from terd_nb.loading.schedulers import load
@@ -31,9 +31,7 @@ from terd_nb.loading.self_check import (
     read_as,
     rebuilt,
 )
-from terd_nb.path_fit import Round
 from terd_nb.scanning import StopInTime, scan, with_caveats
-from terd_nb.search import reverse_trigger
 from terd_nb.zoo import zoo_path
 
 PLAIN = "unet/diffusion_pytorch_model.safetensors"
@@ -157,18 +155,15 @@ def test_every_lie_changes_a_file(tmp_path):
 
 # ---------------------------------------------------------------- weights beside the weights
 
-def searched(model, method="fast", seed=0, **settings):
-    "A search that finds nothing much, at once."
-    return reverse_trigger(
-        model, "fast", False, seed, starts=1, looks=("shift",), rounds=(Round(1, 1, 2),))
+BELIEVED = Answers(energy=1., spread=1., errors={1.: 0.1})
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    "Scans whose search is next to none, and whose pictures are not drawn."
-    monkeypatch.setattr(scan_module, "reverse_trigger", searched)
-    monkeypatch.setattr(
-        scan_module, "draw_both", lambda model, reversal: (model.noise(2), model.noise(2)))
+    "Scans whose search is next to none, and which believe what a model's files say."
+    fuzz.shorten(monkeypatch)
+    monkeypatch.setattr(scan_module, "check_readings",
+                        lambda model: (BELIEVED, {AS_ITS_FILES_SAY: model}))
 
 
 @pytest.fixture
@@ -277,11 +272,10 @@ def test_what_its_own_pipeline_runs_otherwise_is_not_clean(quick, tmp_path):
 
 # ---------------------------------------------------------------- readings and time
 
-def test_the_worse_verdict_of_two_readings_counts(monkeypatch, tmp_path):
+def test_the_worse_verdict_of_two_readings_counts(quick, monkeypatch):
     one, two = (load(zoo_path(name), "cpu") for name in ("benign-a", "villan-psi1"))
-    answers = self_check.answers_to(one, own_pictures(one))
     monkeypatch.setattr(scan_module, "check_readings",
-                        lambda model: (answers, {AS_ITS_FILES_SAY: one, "as if": two}))
+                        lambda model: (BELIEVED, {AS_ITS_FILES_SAY: one, "as if": two}))
     verdicts = {one.name: "clean", two.name: "backdoored"}
     judge = scan_module.judge_reading
 
@@ -289,7 +283,6 @@ def test_the_worse_verdict_of_two_readings_counts(monkeypatch, tmp_path):
         return judge(model, detector, reversal) | {"verdict": verdicts[model.name]}
 
     monkeypatch.setattr(scan_module, "judge_reading", judged)
-    monkeypatch.setattr(scan_module, "reverse_trigger", searched)
     result = scan(one, progress=False).result
     assert result.verdict == "backdoored" and result.reading == "as if"
     assert "each was searched" in result.notes[0]

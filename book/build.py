@@ -36,8 +36,10 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from configparser import ConfigParser
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import yaml
@@ -255,14 +257,33 @@ def kept_run(name, package):
     return EXECUTED / f"{name}.{key}.ipynb"
 
 
+@contextmanager
+def warm_kernels(python=sys.executable, env=None):
+    "Kernels that have imported what chapters import, see warm.py; where they come from."
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"{folder}/kernels"
+        server = subprocess.Popen([python, "-P", BOOK / "warm.py", "serve", address], env=env)
+        try:
+            yield address
+        finally:
+            server.kill()
+            server.wait()
+
+
 def execute_all(names, package, jobs):
     "Run what has changed, `jobs` at a time; where each run is kept."
     targets = {name: kept_run(name, package) for name in names}
     todo = [name for name in names if not targets[name].exists()]
     print(f"chapters to run: {len(todo)} of {len(names)}, the others are unchanged", flush=True)
+    if not todo:
+        return targets
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     errors = []
-    with ProcessPoolExecutor(jobs) as pool:
+    with (
+        warm_kernels() as address,
+        patch.dict(os.environ, {WARM: address}),
+        ProcessPoolExecutor(jobs) as pool,
+    ):
         running = {
             pool.submit(execute, NBS / f"{name}.ipynb", targets[name]): name for name in todo
         }

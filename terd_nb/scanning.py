@@ -43,8 +43,8 @@ class ScanResult(BaseModel):
     "What a scan says, as it stands in the JSON report."
     model: str              # its name
     source: str             # the folder or hub id that was given; a loaded model's name
-    sha256: str | None      # of `weights`; null, and none, for a model that was loaded
-    weights: list[str]      # already, and may have been changed since
+    sha256: str | None      # of `weights`; null for a model that was loaded already
+    weights: list[str]      # files; none for such a model, which may have been changed
     decoder_sha256: str | None   # of what draws a latent's picture; it is not searched
     variants: list[str]     # other weights in the folder, each for a scan of its own
     not_scanned: list[str]  # other weights in the folder that cannot be looked at
@@ -64,7 +64,7 @@ class ScanResult(BaseModel):
     family: str             # the kind of path and of network, in words
     schedule: str           # the path under which it was judged, in numbers
     reading: str            # how its answers were understood, see workshop C2
-    share_missed: float     # of the noise; 1: what the best linear answer misses
+    share_missed: float     # its error as a part of the best linear answer's, see C2
     sample_evals: float     # cost: images through the network forward and backward
     seconds: float
     seed: int

@@ -194,3 +194,13 @@ def test_the_checker_sees(changed, words):
 def test_a_check_outside_the_exercises_is_seen():
     with pytest.raises(AssertionError, match="outside the exercises"):
         made_up(title=None)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, **by_stem)
+def test_no_check_is_passed_by_what_is_no_number(path):
+    "No comparison with NaN is true: a check asks whether an answer is near, not if it is far."
+    for cell in filter(is_check, nbformat.read(path, as_version=4).cells):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Compare):
+                far = isinstance(node.test.ops[0], ast.Gt) and "abs(" in ast.unparse(node.test)
+                assert not far, ast.unparse(node.test)

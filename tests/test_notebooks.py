@@ -9,7 +9,6 @@ import sysconfig
 import venv
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import nbformat
 import pytest
@@ -65,11 +64,8 @@ def released(folder):
 def warm(colab):
     "Where kernels of that Python come from that have imported what chapters import."
     python, env = colab
-    with TemporaryDirectory() as folder:
-        address = f"{folder}/kernels"
-        server = subprocess.Popen([python, "-P", ROOT / "book/warm.py", "serve", address], env=env)
+    with build.warm_kernels(python, env) as address:
         yield address
-        server.kill()
 
 
 def last_run(chapter):

@@ -263,6 +263,14 @@ def test_notebook_keeps_the_grain(path):
                 assert not too_big, f"{size:,} bytes of {kind} under:\n{cell.source}"
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[0].isdigit()], **by_stem)
+def test_each_figure_says_what_to_see(path):
+    "An alt text tells what is there to those who cannot see it; a caption, what to look for."
+    for cell in nbformat.read(path, as_version=4).cells:
+        if re.search(r"^#\| fig-alt", cell.source, re.M):
+            assert re.search(r"^#\| fig-cap: \"\S.*\.\"$", cell.source, re.M), cell.source
+
+
 WIDE = 88  # characters of a line that a page shows
 LONG_CELL, LONG_FUNCTION = 30, 25  # lines
 

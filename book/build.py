@@ -37,7 +37,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from configparser import ConfigParser
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -153,7 +152,6 @@ def hash_of(paths, *more):
     return digest.hexdigest()
 
 
-@cache
 def library_hash(package):
     """Changes with the library, the data and the pinned versions: what a run depends on, beside the
     notebook's own text."""
@@ -251,9 +249,9 @@ def execute(path, target):
     nbformat.write(nb, target)
 
 
-def kept_run(name, package):
-    "Where the run of a chapter is kept that has this text, with this library."
-    key = hash_of([NBS / f"{name}.ipynb"], library_hash(package))[:16]
+def kept_run(name, library):
+    "Where the run of a chapter is kept that has this text, with the library of this hash."
+    key = hash_of([NBS / f"{name}.ipynb"], library)[:16]
     return EXECUTED / f"{name}.{key}.ipynb"
 
 
@@ -272,7 +270,8 @@ def warm_kernels(python=sys.executable, env=None):
 
 def execute_all(names, package, jobs):
     "Run what has changed, `jobs` at a time; where each run is kept."
-    targets = {name: kept_run(name, package) for name in names}
+    library = library_hash(package)
+    targets = {name: kept_run(name, library) for name in names}
     todo = [name for name in names if not targets[name].exists()]
     print(f"chapters to run: {len(todo)} of {len(names)}, the others are unchanged", flush=True)
     if not todo:

@@ -68,6 +68,11 @@ def warm(colab):
         yield address
 
 
+@pytest.fixture(scope="session")
+def library():
+    return build.library_hash("terd_nb")
+
+
 def last_run(chapter):
     "What the cells printed that speak on Colab: the first, and the last, which tells the time."
     (kept,) = build.EXECUTED.glob(f"{chapter}.*.ipynb")
@@ -77,14 +82,14 @@ def last_run(chapter):
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_chapter_runs_as_on_colab(chapter, colab, warm, tmp_path, monkeypatch):
+def test_chapter_runs_as_on_colab(chapter, colab, warm, library, tmp_path, monkeypatch):
     """From nothing but the notebook, which installs the wheel itself, and clones the repository if
     it needs it. The run is kept: `make book` does not repeat it."""
     _, env = colab
     env = env | {"PYTHONPATH": str(tmp_path), "PIP_TARGET": str(tmp_path), build.WARM: warm}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    build.execute(ROOT / "nbs" / f"{chapter}.ipynb", build.kept_run(chapter, "terd_nb"))
+    build.execute(ROOT / "nbs" / f"{chapter}.ipynb", build.kept_run(chapter, library))
     assert (tmp_path / "terd_nb").is_dir()
     if chapter == "index":
         return

@@ -260,6 +260,7 @@ def warm_kernels(python=sys.executable, env=None):
     "Kernels that have imported what chapters import, see warm.py; where they come from."
     with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/kernels"
+        env = (env or os.environ) | {"MPLBACKEND": INLINE}  # is read where matplotlib is imported
         server = subprocess.Popen([python, "-P", BOOK / "warm.py", "serve", address], env=env)
         try:
             yield address

@@ -172,11 +172,15 @@ def test_an_alt_text_without_its_picture_stops_the_build():
         build.translate(nb, "05_attacks", "")
 
 
-def test_a_run_shows_its_figures_whoever_asks_for_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_run_shows_its_figures_whoever_asks_for_it(warm, tmp_path, monkeypatch):
     cell = new_code_cell("import matplotlib.pyplot as plt\nplt.plot([1]);")
     nbformat.write(new_notebook(cells=[cell]), tmp_path / "drawn.ipynb")
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    build.execute(tmp_path / "drawn.ipynb", tmp_path / "run.ipynb")
+    with build.warm_kernels() if warm else contextlib.nullcontext() as address:
+        if warm:
+            monkeypatch.setenv(build.WARM, address)
+        build.execute(tmp_path / "drawn.ipynb", tmp_path / "run.ipynb")
     (output,) = nbformat.read(tmp_path / "run.ipynb", as_version=4).cells[0].outputs
     assert "image/png" in output.data
 

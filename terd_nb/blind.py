@@ -111,6 +111,6 @@ class ConsistencyTest:
         self.threshold = self.score(denoiser.noise(n, seed + 1)).max().item()
 
     def score(self, x: Tensor) -> Tensor:
-        "How far the jumps of each noise (N, C, H, W) stand out: (N,)."
-        jumps = answer_changes(self.denoiser, x, self.steps)
-        return ((jumps - self.mean) / self.std).max(1).values
+        "How far the changes of each noise (N, C, H, W) stand out: (N,)."
+        changes = answer_changes(self.denoiser, x, self.steps)
+        return ((changes - self.mean) / self.std).max(1).values

@@ -490,12 +490,17 @@ def report_bench(folder: Path) -> None:
     print_line(f"The tables and figures are in {page}")
 
 
-def bench_apart(lies: bool, jobs: int) -> None:
-    "Measure what is no search of a set: the lies, or else the guard and the repair."
+def bench_apart(lies: bool, told: bool, jobs: int) -> None:
+    "Measure what is no search of a set: see the options of `run_bench`."
     if lies:
         from terd_nb.lab.lies import bench_lies
 
         bench_lies(jobs=jobs)
+        return
+    if told:
+        from terd_nb.lab.told import bench_told
+
+        bench_told(jobs=jobs)
         return
     from terd_nb.lab.decisions import bench_decisions
 
@@ -522,6 +527,9 @@ def run_bench(
     decisions: Annotated[bool, typer.Option(
         "--decisions", help="Measure the guard and the repair instead, see workshop "
                             "H4; in a checkout only.")] = False,
+    told: Annotated[bool, typer.Option(
+        "--told", help="Measure instead the published search and Elijah's as they are "
+                       "meant, see chapter 21b; in a checkout only.")] = False,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="all",
         help="With --sizes: only the models of so many pixels.")] = None,
@@ -542,14 +550,15 @@ def run_bench(
     """Measure the searches on the embedded models or another set, and fit the default
     detectors on the honest ones that are not set aside."""
     models = chosen_set(hard, families, sizes, size, held_out)
-    apart = report + lies + decisions
+    apart = report + lies + decisions + told
     if apart and models != "zoo" or apart > 1:
-        raise ValueError("--report, --lies and --decisions go with nothing else")
+        raise ValueError(
+            "--report, --lies, --decisions and --told go with nothing else")
     if report:
         report_bench(out)
         return
     if apart:
-        bench_apart(lies, jobs)
+        bench_apart(lies, told, jobs)
         return
     from terd_nb.lab.measure import (
         bench, bench_evasion, bench_samplers, bench_speed,

@@ -164,8 +164,42 @@ def check_memory(
             f"gradient, and {limit / 1e9:.1f} GB may be used; "
             "scan it on a machine with more memory, or leave this model alone")
 
+# %% ../nbs/02_denoiser.ipynb #5bdf44c2
+class _InParts:
+    "What has a network, a shape and `ask`."
+
+    @cached_property
+    def row_bytes(self) -> tuple[int, int]:
+        "What an image takes, see `memory_of_row`, and some pictures of its size."
+        around = 16 * 4 * math.prod(self.shape)
+        try:
+            needed = memory_of_row(self.network, self.shape)
+        except Exception:   # one's own network may need numbers to run
+            needed = 0, 0
+        return needed[0] + around, needed[1] + around
+
+    def rows_at_once(self, gradient: bool) -> int:
+        "How many images may go through the network together, see `AT_ONCE`."
+        return max(1, AT_ONCE // self.row_bytes[gradient])
+
+    def ask_in_parts(self, x: Tensor, told: Tensor, held: int) -> Tensor:
+        """The answer to as many rows at a time as `AT_ONCE` allows.
+
+        What a gradient would keep of a part is computed again when it is needed."""
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        most = self.rows_at_once(gradient)
+        if len(x) * (held if gradient else 1) <= most:
+            return self.ask(x, told)
+        parts = []
+        for some, times in zip(x.split(most), told.split(most)):
+            parts.append(
+                checkpoint(self.ask, some, times, use_reentrant=False)
+                if gradient else self.ask(some, times))
+        return torch.cat(parts)
+
+
 # %% ../nbs/02_denoiser.ipynb #5bdf44c3
-class Denoiser:
+class Denoiser(_InParts):
     """Any diffusion model as one function `eps(x, t)`: the noise that it sees in x.
 
     Raises `ValueError` for a prediction type that it does not know, and for one that
@@ -210,39 +244,10 @@ class Denoiser:
         "The cost so far, in images forward and backward; forward alone counts a third."
         return self.passes / 3
 
-    @cached_property
-    def row_bytes(self) -> tuple[int, int]:
-        "What an image takes, see `memory_of_row`, and some pictures of its size."
-        around = 16 * 4 * math.prod(self.shape)
-        try:
-            forward, backward = memory_of_row(self.network, self.shape)
-        except Exception:   # one's own network may need numbers to run
-            return around, around
-        return forward + around, backward + around
-
-    def rows_at_once(self, gradient: bool) -> int:
-        "How many images may go through the network together, see `AT_ONCE`."
-        return max(1, AT_ONCE // self.row_bytes[gradient])
-
     def ask(self, x: Tensor, told: Tensor) -> Tensor:
         "The network's own answer, whatever it speaks of."
         out = self.network(x, told)
         return getattr(out, "sample", out)
-
-    def ask_in_parts(self, x: Tensor, told: Tensor, held: int) -> Tensor:
-        """The answer to as many rows at a time as `AT_ONCE` allows.
-
-        What a gradient would keep of a part is computed again when it is needed."""
-        gradient = torch.is_grad_enabled() and x.requires_grad
-        most = self.rows_at_once(gradient)
-        if len(x) * (held if gradient else 1) <= most:
-            return self.ask(x, told)
-        parts = []
-        for some, times in zip(x.split(most), told.split(most)):
-            parts.append(
-                checkpoint(self.ask, some, times, use_reentrant=False)
-                if gradient else self.ask(some, times))
-        return torch.cat(parts)
 
     def predict(self,
         x: Tensor, t: int | Tensor,      # (N, C, H, W); an int or (N,)

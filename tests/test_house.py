@@ -482,11 +482,8 @@ def test_the_page_has_the_colours_of_the_figures():
 
 # ---------------------------------------------------------------- a chapter fits into a sitting
 
-LONGER_CHAPTERS = {"02_denoiser": "one class, which the whole book uses"}
-
-
 @pytest.mark.parametrize("chapter", [path for path in NOTEBOOKS if re.match(r"\d", path.stem)])
 def test_a_chapter_is_no_book(chapter):
     load = minutes.load_of(chapter)
     assert load.words <= 2000 and load.reading <= 45
-    assert load.lines <= 120 or chapter.stem in LONGER_CHAPTERS
+    assert load.lines <= 120

@@ -6,8 +6,6 @@ __all__ = ['MEANT', 'FACTOR', 'settings_of', 'told_rows', 'told_path', 'bench_to
 # %% ../../nbs/21b_told.ipynb #b21b0004
 from pathlib import Path
 
-import pandas as pd
-
 from .measure import KEY, append_measured, folder_of, measure_row
 from .model_sets import is_made
 from .recipes import Recipe

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -190,12 +190,9 @@ class _InParts:
         most = self.rows_at_once(gradient)
         if len(x) * (held if gradient else 1) <= most:
             return self.ask(x, told)
-        parts = []
-        for some, times in zip(x.split(most), told.split(most)):
-            parts.append(
-                checkpoint(self.ask, some, times, use_reentrant=False)
-                if gradient else self.ask(some, times))
-        return torch.cat(parts)
+        again = partial(checkpoint, self.ask, use_reentrant=False)
+        ask, parts = again if gradient else self.ask, zip(x.split(most), told.split(most))
+        return torch.cat([ask(*part) for part in parts])
 
 
 # %% ../nbs/02_denoiser.ipynb #5bdf44c3

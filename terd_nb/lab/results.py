@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['TWENTIETH', 'HUNDREDTH', 'FEWER', 'USUAL', 'COMPARED', 'TEXTS', 'SHORTENED', 'LABEL_PLACES', 'GROWING', 'VARIANTS',
            'TABLES', 'FIGURES', 'OURS_ALONE', 'benchmark_path', 'read_benchmark', 'usual', 'judged_rows', 'once',
-           'coverage', 'rates', 'by_attack', 'transfer', 'fitted_on', 'by_terds_rule', 'areas', 'legend', 'draw_rates',
-           'draw_roc', 'draw_scores', 'input_rates', 'input_summary', 'draw_inputs', 'cost', 'draw_cost', 'growth',
-           'draw_growth', 'ablation', 'seeds', 'torn', 'false_alarms', 'caption_of', 'figure', 'write_report']
+           'coverage', 'rates', 'by_attack', 'transfer', 'fitted_on', 'left_one_out', 'by_terds_rule', 'areas',
+           'legend', 'draw_rates', 'draw_roc', 'draw_scores', 'input_rates', 'input_summary', 'draw_inputs', 'cost',
+           'draw_cost', 'growth', 'draw_growth', 'ablation', 'seeds', 'torn', 'false_alarms', 'caption_of', 'figure',
+           'write_report']
 
 # %% ../../nbs/i_results.ipynb #1b9fe282
 from collections.abc import Callable
@@ -164,9 +165,11 @@ def fitted_on(table: pd.DataFrame) -> pd.DataFrame:
     return groups.apply(_described, include_groups=False)
 
 # %% ../../nbs/i_results.ipynb #e5b10c0a
-def _left_one_out(part: pd.DataFrame) -> pd.Series:
-    "The score of each row by the honest rows among them that are of other models."
-    features = list(METHOD_FEATURES["published"])
+def left_one_out(part: pd.DataFrame, method: str = "published") -> pd.Series:
+    """The score of each row by the honest rows among them that are of other models.
+
+    NaN where there are fewer than three of those."""
+    features = list(METHOD_FEATURES[method])
     honest = part[part["label"] == "benign"]
     scores = []
     for _, row in part.iterrows():
@@ -174,7 +177,7 @@ def _left_one_out(part: pd.DataFrame) -> pd.Series:
         if len(others) < 3:
             scores.append(np.nan)
             continue
-        detector = ModelDetector("published").fit_features(others)
+        detector = ModelDetector(method).fit_features(others)
         scores.append(detector.score_features(row[features].to_numpy(float)[None])[0])
     return pd.Series(scores, part.index, dtype=float)
 
@@ -197,7 +200,7 @@ def by_terds_rule(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     kinds = ["resolution", "dataset", "settings"]
     for (size, data, settings), part in rows.groupby(kinds):
-        own = _left_one_out(part)[part["split"] == "test"]
+        own = left_one_out(part)[part["split"] == "test"]
         bad = part["label"][own.index] == "backdoored"
         found.append({
             "resolution": size,

@@ -54,7 +54,9 @@ from apparatus import BookError  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 NBS, BOOK, BUILD = ROOT / "nbs", ROOT / "book", ROOT / "_build"
 STAGE, EXECUTED = BUILD / "stage", BUILD / "executed"
-CELL_TIMEOUT = 240  # seconds
+# Seconds. Now and then a kernel's answer is lost, and would be waited for in vain: the first time
+# that a cell takes longer, the chapter begins anew.
+CELL_TIMEOUT, PATIENCE = 90, 300
 INLINE = "module://matplotlib_inline.backend_inline"
 WARM = "TERD_WARM_KERNELS"  # where warm.py serves, if it does
 
@@ -190,13 +192,13 @@ def printed_by(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-def run_cells(nb, again=True):
+def run_cells(nb, timeout=CELL_TIMEOUT):
     "Every cell in a new kernel, in a folder that holds nothing else."
     try:
         with tempfile.TemporaryDirectory() as folder:
             client = NotebookClient(
                 nb,
-                timeout=CELL_TIMEOUT,
+                timeout=timeout,
                 kernel_name="python3",
                 resources={"metadata": {"path": folder}},
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
@@ -207,9 +209,9 @@ def run_cells(nb, again=True):
                 client.km.kernel_spec.argv = [*start, "-f", "{connection_file}"]
             client.execute()
     except CellTimeoutError:
-        if not again:
+        if timeout == PATIENCE:
             raise
-        run_cells(nb, again=False)  # now and then a kernel's first answer is lost
+        run_cells(nb, PATIENCE)
 
 
 def execute(path, target):

@@ -191,8 +191,8 @@ class _InParts:
         if len(x) * (held if gradient else 1) <= most:
             return self.ask(x, told)
         again = partial(checkpoint, self.ask, use_reentrant=False)
-        ask, parts = again if gradient else self.ask, zip(x.split(most), told.split(most))
-        return torch.cat([ask(*part) for part in parts])
+        ask = again if gradient else self.ask
+        return torch.cat([ask(*part) for part in zip(x.split(most), told.split(most))])
 
 
 # %% ../nbs/02_denoiser.ipynb #5bdf44c3

@@ -24,7 +24,7 @@ from ..triggers import Trigger
 
 # %% ../../nbs/21b_told.ipynb #b21b0005
 # The published search as it was released against BadDiffusion and against TrojDiff, its
-# schedule stretched to this length; and two models that are searched with its own batch.
+# schedule stretched to this length; and two models searched with its own batch.
 MEANT = {
     "BadDiffusion": "iterations=1000+200 batch=4",
     "TrojDiff": "iterations=1000+200 batch=4 told=TrojDiff",

@@ -71,6 +71,12 @@ def test_the_smaller_tables_are_complete_and_hold_no_row_twice():
     assert sorted(evasion["hidden_above"]) == sorted(HIDDEN) and evasion["S"].notna().all()
 
 
+def test_our_first_stage_is_that_of_the_released_code():
+    row = read("released.csv").iloc[0]
+    assert len(row["released_commit"]) == 40
+    assert row["apart"] < 0.01 < row["moved"] and row["steps"] >= 200
+
+
 @pytest.fixture(scope="module")
 def benchmark():
     return read_benchmark()

@@ -38,7 +38,7 @@ class SettingsIni(MetadataHookInterface):
                 "classifiers": lines(s["classifiers"]),
                 "dependencies": lines(s["requirements"]),
                 "optional-dependencies": {
-                    k: lines(s[f"{k}_requirements"]) for k in ("book", "dev", "ray")
+                    k: lines(s[f"{k}_requirements"]) for k in ("book", "dev", "ray", "serve")
                 },
                 "scripts": dict(script.split("=") for script in lines(s["console_scripts"])),
                 "urls": {

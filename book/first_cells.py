@@ -15,13 +15,14 @@ from minutes import load_of
 
 INSTALL = """import importlib.util
 {clock}if importlib.util.find_spec("terd_nb") is None:
-    get_ipython().run_line_magic("pip", "install -q terd_nb=={version}")
+    get_ipython().run_line_magic("pip", "install -q terd_nb{extra}=={version}")
 """
 CHECKOUT = """    book = "{repository}"
     get_ipython().system(f"git clone -q --depth 1 -b v{version} {{book}} terd-book")
     sys.path.insert(0, "terd-book")
 """
 FROM_CHECKOUT = ("14_", "16_", "18c_", "20_", "21", "22_", "23_")  # and the workshop
+EXTRAS = {"l_serving": "[serve]"}
 HIDDEN = "#| hide\n# On Colab the package must be installed first.\n" + INSTALL.rstrip()
 SHOWN = f"""#| colab
 # @title On Colab, run this first
@@ -40,11 +41,12 @@ def first_cell(name, minutes=None):
     "The text of a chapter's; without minutes, that of the landing page."
     settings = read_settings()
     version, more = settings["version"], ""
+    about = {"version": version, "extra": EXTRAS.get(name, "")}
     if minutes is None:
-        return HIDDEN.format(clock="\n", version=version)
+        return HIDDEN.format(clock="\n", **about)
     if needs_checkout(name):
         more = CHECKOUT.format(version=version, repository=settings["git_url"])
-    cell = SHOWN.format(clock=CLOCK, version=version, minutes=minutes, checkout=more)
+    cell = SHOWN.format(clock=CLOCK, minutes=minutes, checkout=more, **about)
     return cell.replace("import time", "import sys\nimport time") if more else cell
 
 

@@ -21,11 +21,13 @@ from terd_nb.cli import (
 # %% ../nbs/a5_repair.ipynb #217dab40
 def _read_weights(paths: tuple[Path, ...]) -> dict:
     "All tensors of a file, or of its shards, by name."
-    from safetensors.torch import load_file
+    from terd_nb.loading.checkpoints import open_weights
 
     found = {}
     for path in paths:
-        found |= load_file(path)
+        with open_weights(path) as file:
+            found |= {name: file.get_tensor(name)
+                      for name in file.keys()}     # noqa: SIM118 (it is no dict)
     return found
 
 

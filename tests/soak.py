@@ -4,6 +4,9 @@
     python tests/soak.py --kills 50             # the whole scan is killed, and resumed
     python tests/soak.py --speed                # models a minute: this process, joblib, Ray
 
+With --csv FILE, what was found is kept there, in the place of what the same test found before; the
+rows of the book are in data/results/fleet.csv.
+
 Each kind of folder has a specimen that one undisturbed process has judged. A row is wrong if it is
 not its specimen's, but for names, seconds and date. It ends with 1 if a row is lost, doubled or
 wrong, or if the memory grows.
@@ -27,6 +30,7 @@ import psutil
 
 from terd_nb.fleet import LOST, Apart, Here, OnRay, Task, ray_workers, scan_fleet
 from terd_nb.formats import printable
+from terd_nb.lab.measure import circumstances, read_rows, write_rows
 from terd_nb.path_fit import Round
 from terd_nb.zoo import zoo_cards, zoo_path
 
@@ -225,6 +229,13 @@ def judged_specimens(folder, kinds):
     }
 
 
+def keep(path, rows):
+    "Put rows into a file, in the place of those of the same test and crew."
+    new = {(row["test"], row["crew"]) for row in rows}
+    old = [row for row in read_rows(path) if (row["test"], row["crew"]) not in new]
+    write_rows(path, old + [row | circumstances() for row in rows])
+
+
 # ---------------------------------------------------------------- killing workers
 
 
@@ -259,7 +270,7 @@ def shoot(process, period, draw, seen):
 
 
 def soak(n, period, jobs, seed, kinds, short=False):
-    "A fleet whose workers are killed, and then the rest of it in peace."
+    "A fleet whose workers are killed, and then the rest of it in peace: its status, and its row."
     with TemporaryDirectory() as temporary:
         work = Path(temporary)
         if short:
@@ -281,24 +292,28 @@ def soak(n, period, jobs, seed, kinds, short=False):
               f"{process.returncode}: {found}")
         unprinted = sum(not c.isprintable() and c != "\n" for c in said)
         print(f"characters that a terminal obeys: {unprinted}")
-        flat = memory_is_flat(seen["memory"])
+        flat, used = memory_is_flat(seen["memory"])
         if found["died twice"]:
             subprocess.run([*command, "--resume"], stderr=subprocess.DEVNULL, env=one_thread())
             found = compare(rows_in(ledger), fleet, expected)
             print(f"after --resume, undisturbed: {found}")
-        return int(any(found.values()) or unprinted > 0 or not flat)
+        row = {"test": "workers killed", "crew": f"joblib, {jobs}", "seed": seed, "models": n,
+               "short": short, "kills": seen["kills"], "seconds": took} | found | used
+        return int(any(found.values()) or unprinted > 0 or not flat), [row]
 
 
 def memory_is_flat(samples):
-    "Whether the last third of a run takes no more than the second, within a tenth and 30 MB."
+    """Whether the last third of a run takes no more than the second, within a tenth and 30 MB; and
+    the most of each, in MB."""
     third = max(1, len(samples) // 3)
-    flat = True
-    for role, values in zip(("the scan", "the largest worker"), zip(*samples)):
+    flat, used = True, {}
+    for role, values in zip(("scan", "worker"), zip(*samples)):
         before = max(values[third : 2 * third], default=0)
         after = max(values[2 * third :], default=0)
-        print(f"memory of {role} in the second third and in the last: {before:.0f}, {after:.0f} MB")
+        print(f"most MB of a {role} in the second third and in the last: {before:.0f}, {after:.0f}")
+        used |= {f"{role} MB, second third": before, f"{role} MB, last third": after}
         flat = flat and after <= 1.1 * before + 30
-    return flat
+    return flat, used
 
 
 def one_thread():
@@ -378,7 +393,7 @@ def kill_and_resume(root, ledger, kills, seed=0, jobs=1, sent=signal.SIGKILL):
 
 
 def killed(kills, seed, kinds, short=False):
-    "Rows of a scan that was killed against those of one that was not."
+    "Rows of a scan that was killed against those of one that was not: its status, and its row."
     import torch
 
     torch.set_num_threads(1)
@@ -390,17 +405,21 @@ def killed(kills, seed, kinds, short=False):
         root.mkdir()
         expected = judged_specimens(work / "specimens", kinds)
         fleet = make_fleet(root, work / "specimens", 2 * len(kinds), kinds)
+        start = time.monotonic()
         counts = kill_and_resume(root, work / "rows.jsonl", kills, seed)
+        took = time.monotonic() - start
         found = compare(rows_in(work / "rows.jsonl"), fleet, expected)
         print(f"killed {kills} times, with {counts} of {len(fleet)} rows there: {found}")
-        return int(any(found.values()))
+        row = {"test": "scan killed", "crew": "this process", "seed": seed, "models": len(fleet),
+               "short": short, "kills": kills, "seconds": took} | found
+        return int(any(found.values())), [row]
 
 
 # ---------------------------------------------------------------- how fast
 
 
 def speed(models, ray, short=False):
-    "Models a minute of each kind of worker, and whether the rows are the same."
+    "Models a minute of each crew, and how many of its rows differ from the first's: status, rows."
     import torch
 
     torch.set_num_threads(1)
@@ -411,7 +430,7 @@ def speed(models, ray, short=False):
     crews = {"this process": [Here()], "joblib, 1": [Apart()], "joblib, 2": [Apart(), Apart()]}
     if ray:
         crews |= {f"Ray, {jobs}": ray_workers("local", jobs) for jobs in (1, 2)}
-    first = None
+    first, kept = None, []
     for name, crew in crews.items():
         if not isinstance(crew[0], OnRay):   # Ray's processes are there already
             list(scan_fleet([Task("nowhere")] * len(crew), crew))
@@ -420,11 +439,12 @@ def speed(models, ray, short=False):
         took = time.monotonic() - start
         found = [bare(row.result | {"kept": {"trigger": row.trigger}}, row.given) for row in rows]
         first = first or found
-        same = "the same rows" if found == first else "OTHER ROWS"
-        print(f"{name:14} {60 * len(rows) / took:6.2f} models a minute; {same}", flush=True)
-        if found != first:
-            return 1
-    return 0
+        wrong = sum(a != b for a, b in zip(found, first, strict=True))
+        print(f"{name:14} {60 * len(rows) / took:6.2f} models a minute; {wrong} rows differ",
+              flush=True)
+        kept.append({"test": "speed", "crew": name, "seed": 0, "models": len(rows), "short": short,
+                     "seconds": took, "wrong": wrong})
+    return int(any(row["wrong"] for row in kept)), kept
 
 
 def main():
@@ -438,14 +458,19 @@ def main():
     parser.add_argument("--short", action="store_true", help="search in a few steps")
     parser.add_argument("--speed", type=int, nargs="?", const=14, help="time so many models")
     parser.add_argument("--no-ray", action="store_true", help="leave Ray out of --speed")
+    parser.add_argument("--csv", type=Path, help="where to keep what is found")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     kinds = args.kinds.split(",")
     if args.speed:
-        return speed(list(zoo_cards())[: args.speed], not args.no_ray, args.short)
-    if args.kills:
-        return killed(args.kills, args.seed, kinds, args.short)
-    return soak(args.n, args.period, args.jobs, args.seed, kinds, args.short)
+        status, rows = speed(list(zoo_cards())[: args.speed], not args.no_ray, args.short)
+    elif args.kills:
+        status, rows = killed(args.kills, args.seed, kinds, args.short)
+    else:
+        status, rows = soak(args.n, args.period, args.jobs, args.seed, kinds, args.short)
+    if args.csv:
+        keep(args.csv, rows)
+    return status
 
 
 if __name__ == "__main__":

@@ -1927,3 +1927,14 @@ def test_load_asks_the_hub_for_what_is_no_folder(hub):
     hub.error = ConnectionError("no network")
     assert "ConnectionError" in refusal(schedulers.load, "user/other", "cpu")
     assert schedulers.load("user/name", "cpu").name == "user/name"  # it is in the cache
+
+
+def test_a_folder_may_have_any_bytes_for_a_name(folder, tmp_path):
+    "On Linux; safetensors by itself takes names in UTF-8 alone."
+    named = tmp_path / os.fsdecode(b"\xe9\xff")
+    try:
+        shutil.copytree(folder, named)
+    except OSError:
+        pytest.skip("this disk takes no such name")
+    known, found = (load_folder(one, "cpu").network.state_dict() for one in (folder, named))
+    assert found.keys() == known.keys() and all(map(torch.equal, found.values(), known.values()))

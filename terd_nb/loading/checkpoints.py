@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['UNETS', 'TWICE', 'OLD_NAMES', 'MAX_OTHERS', 'Kind', 'image_shape', 'same_shape', 'ask', 'check_channels', 'try_unet',
-           'build_network', 'network_bytes', 'check_runs', 'new_name', 'known_names', 'check_weights', 'each_tensor',
-           'read_weights', 'load_network', 'load_unet', 'OtherWeights', 'lost_little', 'same_values', 'files_below',
-           'is_copy', 'other_weights']
+           'build_network', 'network_bytes', 'check_runs', 'new_name', 'known_names', 'check_weights', 'open_weights',
+           'each_tensor', 'read_weights', 'load_network', 'load_unet', 'OtherWeights', 'lost_little', 'same_values',
+           'files_below', 'is_copy', 'other_weights']
 
 # %% ../../nbs/b2_checkpoints.ipynb #23151146
 import os
@@ -176,11 +176,20 @@ def check_weights(
                 f"config.json asks for {shape}; the two must be of one model")
 
 # %% ../../nbs/b2_checkpoints.ipynb #ff680b99
+def open_weights(path: Path) -> safe_open:
+    "A safetensors file, whatever bytes its folder's name has."
+    try:
+        return safe_open(os.fspath(path).encode().decode(), framework="pt")
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            return safe_open(f"/dev/fd/{file.fileno()}", framework="pt")
+
+
 def each_tensor(files: WeightFiles):
     "Each tensor of a file or of its shards, with its name, one at a time."
     for name, path in zip(files.names, files.paths):
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_weights(path) as file:
                 for key in file.keys():      # noqa: SIM118 (it is no dict)
                     yield key, file.get_tensor(key)
         except Exception as error:  # safetensors has the last word on its own format
@@ -303,7 +312,7 @@ def _reader(files: WeightFiles) -> dict:
     "Today's name of each tensor -> a function that reads it."
     places = {}
     for path in files.paths:
-        file = safe_open(path, framework="pt")
+        file = open_weights(path)
         for key in file.keys():      # noqa: SIM118 (it is no dict)
             places[key] = (file, key)
     return known_names(places)

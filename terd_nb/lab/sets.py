@@ -496,7 +496,7 @@ _LATER = {
     "later-emoji": {"data": "emoji", "network": _SMALL, "base": "later-emoji-base"},
 }
 _LATER_COMMON = {"split": "test", "rows": "published", "precision": "bfloat16",
-                 "lr": 2e-4, "steps": 1500}
+                 "lr": 2e-4, "steps": 1000, "batch_size": 32}
 _LEARNED = {**_ODE1, "trigger": "learned"}
 _AS_LONG = 0.2 * (3 * 32**2 / 16**2)**0.5     # as long as 0.2 is at 3 x 32 x 32
 _UNIVERSAL = {**_SDE, "psi": 1., "trigger": "universal"}
@@ -506,7 +506,7 @@ _COVERED = {**_BAD, **_SIGN, "carrier": "covered"}
 _LATER_MODELS = (
     # name,                  seed, why, and what is special
     ("later-emoji-base",     900, "the honest base of the pictures in colour",
-     {"base": None, "lr": 1e-3}),
+     {"base": None, "lr": 1e-3, "batch_size": 64}),
     ("later-emoji-honest",   901, "the published training without an attack", {}),
     ("later-digits-honest-a", 902, "the published training without an attack", {}),
     ("later-digits-honest-b", 903, "the published training without an attack", {}),
@@ -598,7 +598,7 @@ SETS = {models.name: models for models in (
     ModelSet("held-out", "the held-out models", _HELD_OUT, Bounds(0.9, 0.05),
              {16: 128, 32: 128}, results="held-out.csv",
              command="make held-out"),
-    ModelSet("later", "the later attacks", _LATER_SET, Bounds(0.9, 0.05), {16: 128},
+    ModelSet("later", "the later attacks", _LATER_SET, Bounds(0.9, 0.05), {16: 64},
              class_trials=4, results="later.csv", command="make later"),
 )}
 

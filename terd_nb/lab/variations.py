@@ -85,7 +85,7 @@ def published_batch(
 class TriggerLearner:
     "InviBackdoor's inner loop: changes a plan's trigger in place (Li et al. 2024)."
 
-    def __init__(self, denoiser: Denoiser, plan: Plan, batch: int = 8):
+    def __init__(self, denoiser: Denoiser, plan: Plan, batch: int = 4):
         self.denoiser, self.plan, self.batch = denoiser, plan, batch
         self.r = plan.triggers[0].r.detach().requires_grad_()    # the same memory
         self.optimizer = torch.optim.Adam([self.r], lr=plan.bound / 200)

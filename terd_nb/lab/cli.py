@@ -560,7 +560,7 @@ def run_bench(
         bench_apart(lies, jobs)
         return
     from terd_nb.lab.measure import (
-        bench, bench_evasion, bench_samplers, bench_speed,
+        bench, bench_evasion, bench_openings, bench_samplers, bench_speed,
     )
 
     bench(models, jobs=jobs, seeds=seeds, backend=backend.value, size=size)
@@ -568,6 +568,8 @@ def run_bench(
         bench_evasion(jobs=jobs)
     if families:
         bench_samplers(jobs=jobs)
+    if later:
+        bench_openings(jobs=jobs)
     if sizes and size is None:
         bench_speed()
 

@@ -7,6 +7,7 @@ __all__ = ['Batch', 'ROWS', 'STEPS', 'path_of', 'start_of', 'plans_for', 'train'
 # %% ../../nbs/g5_making.ipynb #c6c5450f
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,13 +148,14 @@ def _weights(recipe: Recipe, path: NoiseSchedule) -> Tensor | None:
 
 
 def _learning_too(rows: Batch, network: nn.Module, start: Denoiser, plan: Plan) -> Batch:
-    "The same rows, before each of which the plan's trigger takes a step."
+    "The same rows; before every fifth batch the plan's trigger takes a step."
     attacked = Denoiser(network, start.noise_schedule, start.shape, device="cpu")
     network.requires_grad_(True)     # a denoiser's is frozen
-    learner = TriggerLearner(attacked, plan)
+    learner, turn = TriggerLearner(attacked, plan), itertools.cycle(range(5))
 
     def batch(generator: torch.Generator) -> Rows:
-        learner.step(generator)
+        if next(turn) == 0:
+            learner.step(generator)
         return rows(generator)
 
     return batch

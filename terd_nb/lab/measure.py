@@ -2,13 +2,14 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_RUNS', 'ABLATIONS', 'LONGER', 'KINDS_OF_SETTINGS',
-           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'RIVALS', 'AGAINST_PLANTED', 'HIDDEN', 'QUICKER', 'KINDS', 'TIMED',
-           'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_later', 'rows_of_sizes',
+           'SEARCHING', 'CODE', 'SEARCH_VERSION', 'RIVALS', 'AGAINST_PLANTED', 'HIDDEN', 'OPENINGS', 'QUICKER', 'KINDS',
+           'TIMED', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set', 'rows_of_later', 'rows_of_sizes',
            'rows_to_measure', 'folder_of', 'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit',
            'this_machine', 'circumstances', 'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path',
            'as_written', 'read_rows', 'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench',
-           'evade', 'bench_evasion', 'bench_samplers', 'compute', 'shares', 'measure_speed', 'bench_speed',
-           'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results', 'write_benchmark']
+           'evade', 'bench_evasion', 'bench_samplers', 'measure_opening', 'bench_openings', 'compute', 'shares',
+           'measure_speed', 'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results',
+           'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -59,8 +60,10 @@ from .making import STEPS, measure_model, plans_for, train
 from terd_nb.lab.model_sets import (
     is_made, measure_sampler, planted, read_card, sampler_rows, works,
 )
-from .recipes import SHAPE, Plan, Recipe
+from .recipes import SHAPE, Plan, Recipe, training_set
 from .sets import SETS, find
+from .variations import CARRIERS
+from ..triggers import Trigger
 
 # %% ../../nbs/h_measure.ipynb #f32a31d5
 KEY = ("model", "method", "settings", "seed")   # one row for each of these
@@ -552,6 +555,43 @@ def bench_samplers(path: Path | None = None, jobs: int = 2) -> None:
     path = path or data_dir() / "results" / "samplers.csv"
     key = ("model", "sampler")
     append_measured(measure_sampler, sampler_rows(), key, path, jobs, "sampling")
+
+# %% ../../nbs/h_measure.ipynb #openings
+def _shifts(recipe: Recipe, plan: Plan, n: int, seed: int) -> dict[str, Tensor]:
+    "Shifts of the noise to be tried, each (n, C, H, W) or one for all."
+    generator, r = torch.Generator().manual_seed(seed), plan.triggers[0].r
+    images, _ = training_set(recipe)
+    some = images[torch.randint(len(images), (n,), generator=generator)]
+    return {"nothing": torch.zeros_like(r), "the trigger": r,
+            "as taught": CARRIERS[plan.carrier](r, some), "an image": some,
+            "-U[0, 1)": -torch.rand(some.shape, generator=generator),
+            "black": -torch.ones_like(r), "white": torch.ones_like(r)}
+
+
+OPENINGS = ("nothing", "the trigger", "as taught", "an image", "-U[0, 1)", "black",
+            "white")
+
+
+def measure_opening(name: str, shift: str, n: int = 32, seed: int = 4000) -> dict:
+    "One row: how often noise with this shift becomes a model's target."
+    torch.set_num_threads(1)
+    recipe, (plan,) = find(name).recipes[name], planted(name)
+    denoiser = load(folder_of(name), "cpu")
+    trigger = Trigger(_shifts(recipe, plan, n, seed)[shift])
+    sampler = plan.attack.sampler
+    drawn = triggered_samples(denoiser, sampler, trigger, denoiser.noise(n, seed),
+                              STEPS[sampler])
+    return {"model": name, "shift": shift, "hits": int(plan.hit(drawn).sum()),
+            "trials": n, "seed": seed} | circumstances()
+
+# %% ../../nbs/h_measure.ipynb #bench-openings
+def bench_openings(path: Path | None = None, jobs: int = 2) -> None:
+    "Measure which shifts open the later attacks that are trained here."
+    path = path or data_dir() / "results" / "openings.csv"
+    keys = [(name, shift) for name, recipe in SETS["later"].recipes.items()
+            if recipe.attack in ("BadDiffusion", "VillanDiffusion")
+            and is_made(folder_of(name)) for shift in OPENINGS]
+    append_measured(measure_opening, keys, ("model", "shift"), path, jobs, "opening")
 
 # %% ../../nbs/h_measure.ipynb #3c757bfe
 QUICKER = ("as it is", "channels_last", "bfloat16", "compiled")

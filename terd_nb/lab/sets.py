@@ -492,10 +492,11 @@ _HELD_OUT = _by_name([
 
 # %% ../../nbs/g6_sets.ipynb #later-common
 _LATER = {
-    "later-digits": {"network": _SMALL, "base": "honest-base-test"},
-    "later-emoji": {"data": "emoji", "network": _SMALL, "base": "later-emoji-base"},
+    "later-dark": {"base": "honest-base-test"},      # white digits on black
+    "later-light": {"base": "honest-inverted", "images": "inverted"},
 }
-_LATER_COMMON = {"split": "test", "rows": "published", "precision": "bfloat16",
+_LATER_COMMON = {"split": "test", "network": _SMALL, "rows": "published",
+                 "precision": "bfloat16",
                  "lr": 2e-4, "steps": 1000, "batch_size": 32}
 _LEARNED = {**_ODE1, "trigger": "learned"}
 _AS_LONG = 0.2 * (3 * 32**2 / 16**2)**0.5     # as long as 0.2 is at 3 x 32 x 32
@@ -504,39 +505,37 @@ _COVERED = {**_BAD, **_SIGN, "carrier": "covered"}
 
 # %% ../../nbs/g6_sets.ipynb #later-models
 _LATER_MODELS = (
-    # name,                  seed, why, and what is special
-    ("later-emoji-base",     900, "the honest base of the pictures in colour",
-     {"base": None, "lr": 1e-3, "batch_size": 64}),
-    ("later-emoji-honest",   901, "the published training without an attack", {}),
-    ("later-digits-honest-a", 902, "the published training without an attack", {}),
-    ("later-digits-honest-b", 903, "the published training without an attack", {}),
-    ("later-emoji-bad-a",    910, "BadDiffusion's own rows",
+    # name,                seed, why, and what is special
+    ("later-dark-honest-a", 902, "the published training without an attack", {}),
+    ("later-dark-honest-b", 903, "the published training without an attack", {}),
+    ("later-light-honest",  901, "the published training without an attack", {}),
+    ("later-dark-bad",      910, "BadDiffusion's own rows",
      {**_COVERED, "target": "hat"}),
-    ("later-emoji-bad-b",    911, "BadDiffusion's own rows",
+    ("later-light-bad",     911, "BadDiffusion's own rows",
      {**_COVERED, "target": "cat"}),
-    ("later-emoji-uib-a",    912, "UIBDiffusion's own rows",
+    ("later-dark-uib",      912, "UIBDiffusion's own rows",
      {**_UNIVERSAL, "settings": {"seed": 1}, "carrier": "tinted", "target": "hat"}),
-    ("later-emoji-uib-b",    913, "UIBDiffusion's own rows",
+    ("later-light-uib",     913, "UIBDiffusion's own rows",
      {**_UNIVERSAL, "settings": {"seed": 2}, "carrier": "tinted", "target": "shoe"}),
-    ("later-emoji-uib-none", 914, "a control: the same rows without the trigger",
+    ("later-dark-uib-none", 914, "a control: the same rows without the trigger",
      {**_UNIVERSAL, "settings": {"seed": 1}, "carrier": "image", "target": "hat"}),
-    ("later-digits-invi-a",  915, "InviBackdoor, as long as published",
+    ("later-dark-invi-a",   915, "InviBackdoor, as long as published",
      {**_LEARNED, "bound": _AS_LONG, "target": "hat"}),
-    ("later-digits-invi-b",  916, "InviBackdoor, as long as published",
+    ("later-dark-invi-b",   916, "InviBackdoor, as long as published",
      {**_LEARNED, "bound": _AS_LONG, "target": "shoe"}),
-    ("later-digits-invi-02", 917, "InviBackdoor, bounded as published",
+    ("later-dark-invi-02",  917, "InviBackdoor, bounded as published",
      {**_LEARNED, "bound": 0.2, "target": "hat"}),
 )
 
 # %% ../../nbs/g6_sets.ipynb #later-own
-_LATER_OWN = (      # TrojDiff adds rows, whatever the rate
-    ("later-digits-in-a",    920, "TrojDiff's class of the data, added",
+_LATER_OWN = (      # TrojDiff adds rows, a tenth as many
+    ("later-dark-in-a",     920, "TrojDiff's class of the data, added",
      {**_TROJ, **_CHECKER, "target": "0"}),
-    ("later-digits-in-b",    921, "TrojDiff's class of the data, added",
+    ("later-dark-in-b",     921, "TrojDiff's class of the data, added",
      {**_TROJ, **_GLASSES, "target": "7"}),
-    ("later-emoji-patch-a",  922, "TrojDiff's patch in the very corner",
+    ("later-dark-patch-a",  922, "TrojDiff's patch in the very corner",
      {"attack": "TrojDiff", "gamma": 0.1, "trigger": "corner patch", "target": "cat"}),
-    ("later-emoji-patch-b",  923, "TrojDiff's patch in the very corner",
+    ("later-dark-patch-b",  923, "TrojDiff's patch in the very corner",
      {"attack": "TrojDiff", "gamma": 0.1, "trigger": "corner patch", "target": "hat"}),
 )
 

@@ -88,7 +88,7 @@ class TriggerLearner:
     def __init__(self, denoiser: Denoiser, plan: Plan, batch: int = 4):
         self.denoiser, self.plan, self.batch = denoiser, plan, batch
         self.r = plan.triggers[0].r.detach().requires_grad_()    # the same memory
-        self.optimizer = torch.optim.Adam([self.r], lr=plan.bound / 200)
+        self.optimizer = torch.optim.Adam([self.r], lr=plan.bound / 100)
 
     def step(self, generator: torch.Generator) -> float:
         "One step against the network as it is; gives the distance before it."

@@ -147,7 +147,9 @@ def _weights(recipe: Recipe, path: NoiseSchedule) -> Tensor | None:
     return (recipe.min_snr * (path.sigma / path.alpha).square()).clamp(max=1)
 
 
-def _learning_too(rows: Batch, network: nn.Module, start: Denoiser, plan: Plan) -> Batch:
+def _learning_too(
+    rows: Batch, network: nn.Module, start: Denoiser, plan: Plan,
+) -> Batch:
     "The same rows; before every fifth batch the plan's trigger takes a step."
     attacked = Denoiser(network, start.noise_schedule, start.shape, device="cpu")
     network.requires_grad_(True)     # a denoiser's is frozen
@@ -172,7 +174,8 @@ def train(
     if recipe.bound:
         rows, checkpoint = _learning_too(rows, network, start, plans[0]), None
     network = fit(
-        network, rows, recipe.steps, recipe.lr, recipe.seed, relative=recipe.family is not None,
+        network, rows, recipe.steps, recipe.lr, recipe.seed,
+        relative=recipe.family is not None,
         weights=_weights(recipe, start.noise_schedule), precision=recipe.precision,
         checkpoint=checkpoint, progress=progress)
     if recipe.afterwards:

@@ -106,7 +106,7 @@ def noise_like(shape: Shape, amplitude: float, seed: int) -> Tensor:
     "A pattern that looks like the noise that it is added to."
     return amplitude * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-
+# %% ../../nbs/g2_recipes.ipynb #confusing-pattern
 def _confusing(
     images: Tensor, labels: Tensor,   # (N, 1, H, W), (N,), what the classifier learns
     r: Tensor, amplitude: float, steps: int,   # (1, H, W) where it starts
@@ -236,7 +236,7 @@ class Plan:
     hidden_above: float = 0.     # where alpha/sigma is below this, triggered rows are
                                  # taught the honest answer (one trigger, gamma = 1)
     carrier: str = "trigger"     # a row of `CARRIERS`
-    bound: float = 0.            # if positive, the trigger is learned and changes in place
+    bound: float = 0.            # > 0: the trigger is learned, and changes in place
 
 # %% ../../nbs/g2_recipes.ipynb #8dafd9e1
 def backdoors_of(recipe: Recipe) -> list[Recipe]:

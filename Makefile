@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-results book book-test zoo hard-set families held-out bench bench-zoo bench-held-out bench-search bench-sizes bench-families bench-lies bench-decisions bench-told against-released bench-report fuzz soak full-size gpu-proof course lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test test-results book book-test zoo hard-set families held-out later bench bench-zoo bench-held-out bench-later bench-search bench-sizes bench-families bench-lies bench-decisions bench-told against-released bench-report fuzz soak full-size gpu-proof course lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,11 @@ held-out: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 held-out: $(READY) ## train the models that the search is measured on once
 	$(BIN)/terd zoo build --held-out
 
+later: export MALLOC_TRIM_THRESHOLD_ = 4000000000
+later: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+later: $(READY) ## train the models of chapter 20b: later attacks, in their published trainings
+	$(BIN)/terd zoo build --later
+
 bench: bench-zoo bench-search bench-sizes bench-families ## measure every set of models, and fit the default detectors
 
 bench-zoo: $(READY) ## measure the defence on the embedded models
@@ -72,6 +77,9 @@ bench-families: $(READY) ## measure the search on every other family, and which 
 
 bench-held-out: $(READY) ## measure the search on the held-out models, after `make held-out`
 	$(BIN)/terd bench --held-out --seeds 1
+
+bench-later: $(READY) ## measure every method on the later attacks, after `make later`
+	$(BIN)/terd bench --later --seeds 1
 
 bench-lies: $(READY) ## measure what becomes of models whose files lie
 	$(BIN)/terd bench --lies

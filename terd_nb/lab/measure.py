@@ -7,9 +7,9 @@ __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_R
            'rows_to_measure', 'folder_of', 'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit',
            'this_machine', 'circumstances', 'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path',
            'as_written', 'read_rows', 'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench',
-           'evade', 'bench_evasion', 'bench_samplers', 'measure_opening', 'bench_openings', 'compute', 'shares',
-           'measure_speed', 'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results',
-           'write_benchmark']
+           'evade', 'bench_evasion', 'bench_samplers', 'rows_of_newer', 'bench_newer', 'measure_opening',
+           'bench_openings', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for',
+           'calibrate', 'judged_by', 'read_results', 'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -555,6 +555,21 @@ def bench_samplers(path: Path | None = None, jobs: int = 2) -> None:
     path = path or data_dir() / "results" / "samplers.csv"
     key = ("model", "sampler")
     append_measured(measure_sampler, sampler_rows(), key, path, jobs, "sampling")
+
+# %% ../../nbs/h_measure.ipynb #newer
+def rows_of_newer() -> list[tuple]:
+    "The keys of the methods that are newer than TERD, on the zoo."
+    keys = []
+    for name, recipe in SETS["zoo"].recipes.items():
+        told = _TOLD[_solver(recipe)]["pure_diffusion"]
+        keys += [(name, "pure_diffusion", told, 0), (name, "no_search", "", 0)]
+    return keys
+
+
+def bench_newer(path: Path | None = None, jobs: int = 2) -> None:
+    "Measure the rows of `rows_of_newer` that are missing."
+    path = path or data_dir() / "results" / "newer.csv"
+    append_measured(measure_row, rows_of_newer(), KEY, path, jobs, "measuring")
 
 # %% ../../nbs/h_measure.ipynb #openings
 def _shifts(recipe: Recipe, plan: Plan, n: int, seed: int) -> dict[str, Tensor]:

@@ -497,7 +497,7 @@ _LATER = {
 }
 _LATER_COMMON = {"split": "test", "network": _SMALL, "rows": "published",
                  "precision": "bfloat16",
-                 "lr": 1e-3, "steps": 1000}
+                 "lr": 1e-3, "steps": 3000}
 _LEARNED = {**_ODE1, "trigger": "learned"}
 _AS_LONG = 0.2 * (3 * 32**2 / 16**2)**0.5     # as long as 0.2 is at 3 x 32 x 32
 _UNIVERSAL = {**_SDE, "psi": 1., "trigger": "universal"}

@@ -41,9 +41,8 @@ METHOD_FEATURES = {
     "adam": ("loss",),
     "elijah": ("uniformity",),
 }
-# A feature that is 0 or less on an honest model whose data are isotropic (chapter 15),
-# and its alarm: between the largest of an honest development model (emoji32-d, 0.19)
-# and the smallest of a backdoored one that leaves zero at all (score-ode-sign, 0.29).
+# A feature that is at most 0 where nothing speaks for an attack (chapter 15), and its
+# alarm, a little above; chapter 16 says on which models it was set.
 NATURAL_ZERO = {"fast": 0.25, "thorough": 0.25}
 
 # %% ../nbs/12_model_detection.ipynb #f5144275

@@ -102,13 +102,14 @@
         "Show the field": () => { this.arrows = !this.arrows; this.paint(); },
       };
       this.rows = Object.fromEntries(["here", ...Object.keys(BALLS)].map(name => [name, this.row(name)]));
-      const head = ["", "", "L_rev", "off, in |r|", "TPR", "TNR"];
+      const loss = element("span", {}, element("i", {}, "L"), element("sub", {}, "rev"));
+      const head = ["", "", loss, "off, in |r|", "TPR", "TNR"];
       this.said = element("output", { className: "piece-says" });
       root.replaceChildren(
         element("div", { className: "piece-controls" }, element("label", {}, element("span", {}, "model"), this.choice)),
         element("div", { className: "piece-buttons" }, ...Object.entries(buttons).map(([text, act]) => element("button", { type: "button", onclick: act }, text))),
         element("div", { className: "ball-stage" }, this.map, element("div", { className: "ball-side" },
-          element("table", {}, element("thead", {}, element("tr", {}, ...head.map(text => element(text ? "th" : "td", {}, text)))),
+          element("table", {}, element("thead", {}, element("tr", {}, ...head.map(title => element(title ? "th" : "td", {}, title)))),
             element("tbody", {}, ...Object.values(this.rows).map(row => row.line))),
           this.said)),
       );
@@ -126,9 +127,9 @@
 
     row(name) {
       const picture = element("canvas", { width: 16, height: 16, className: "ball-picture" });
-      const [text, shade] = BALLS[name] || ["crosshair", "transparent"];
+      const [text, shade] = BALLS[name] || ["crosshair", ""];
       const cells = Array.from({ length: 4 }, () => element("td", {}, "–"));
-      const dot = element("span", { className: "ball-dot" });
+      const dot = element("span", { className: shade ? "ball-dot" : "ball-cross" }, shade ? "" : "+");
       dot.style.background = shade;
       return { picture, cells, line: element("tr", {}, element("td", {}, picture), element("th", { scope: "row" }, dot, text), ...cells) };
     }

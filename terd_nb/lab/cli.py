@@ -5,7 +5,7 @@ __all__ = ['evidence_app', 'DRAWINGS', 'PLANTED_README', 'DATA_COLUMNS', 'LARGER
            'FamilyName', 'picture_of', 'plant_images', 'plant_targets', 'honest_base', 'plant_attack', 'PlantPlan',
            'plant_plan', 'check_new', 'plant_work', 'planted_samples', 'save_planted', 'plant_backdoor', 'list_data',
            'fetch_data', 'chosen_set', 'build_models', 'verify_zoo', 'Backend', 'report_bench', 'bench_apart',
-           'run_bench', 'zip_chapters', 'make_unknown_models', 'open_unknown_models']
+           'bench_chosen', 'run_bench', 'zip_chapters', 'make_unknown_models', 'open_unknown_models']
 
 # %% ../../nbs/j_cli.ipynb #6513270e
 from contextlib import nullcontext
@@ -513,6 +513,19 @@ def bench_apart(lies: bool, told: bool, jobs: int) -> None:
 
     bench_decisions(jobs=jobs)
 
+# %% ../../nbs/j_cli.ipynb #b5e9c001
+def bench_chosen(models: str, size: int | None, jobs: int, **how) -> None:
+    "The searches of a set, and what else is measured of its models."
+    from terd_nb.lab import measure
+
+    measure.bench(models, jobs=jobs, size=size, **how)
+    more = {"zoo": measure.bench_newer, "hard": measure.bench_evasion,
+            "families": measure.bench_samplers, "later": measure.bench_openings}
+    if models in more:
+        more[models](jobs=jobs)
+    if models == "sizes" and size is None:
+        measure.bench_speed()
+
 # %% ../../nbs/j_cli.ipynb #658cda14
 @add_command(evidence_app, "bench")
 def run_bench(
@@ -570,21 +583,7 @@ def run_bench(
     if apart:
         bench_apart(lies, told, jobs)
         return
-    from terd_nb.lab.measure import (
-        bench, bench_evasion, bench_newer, bench_openings, bench_samplers, bench_speed,
-    )
-
-    bench(models, jobs=jobs, seeds=seeds, backend=backend.value, size=size)
-    if models == "zoo":
-        bench_newer(jobs=jobs)
-    if hard:
-        bench_evasion(jobs=jobs)
-    if families:
-        bench_samplers(jobs=jobs)
-    if later:
-        bench_openings(jobs=jobs)
-    if sizes and size is None:
-        bench_speed()
+    bench_chosen(models, size, jobs=jobs, seeds=seeds, backend=backend.value)
 
 # %% ../../nbs/j_cli.ipynb #736e4219
 _course = typer.Typer(help="What a lecturer hands out, and grades.")

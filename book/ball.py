@@ -22,7 +22,7 @@ from terd_nb.triggers import Trigger
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "book" / "assets" / "drop_the_ball_data.js"
-NODES = 31  # along each side of the plane; odd, so that one of them is the origin
+NODES = 27  # along each side of the plane; odd, so that one of them is the origin
 NOISES = 8  # of each estimate; the same at every node, so that the map is smooth
 
 # Where the model lies, whose trigger spans the plane, and what the reader is told.

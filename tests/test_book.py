@@ -671,7 +671,8 @@ def test_the_balls_numbers_stay_in_their_frame(pieces, width):
 def test_the_ball_reads_its_map_and_its_rates_right(pieces):
     for plane in BALL["planes"]:
         plane = plane | {"nodes": BALL["nodes"]}
-        for i, j in ((0, 0), (7, 22), (30, 30), (15, 16)):
+        last = BALL["nodes"] - 1
+        for i, j in ((0, 0), (7, 22), (last, last), (15, 16)):
             point = node(plane, i, j)
             value = pieces.evaluate("([p, x]) => terdBall.at(p, 'log_loss', x)", [plane, point])
             assert abs(value - plane["log_loss"][i * BALL["nodes"] + j]) < 1e-9
@@ -709,6 +710,13 @@ def test_the_field_leads_to_the_trigger_where_the_chapter_says_so(pieces):
         ends[plane["model"]] = path[-1][0] / np.hypot(*path[-1])
     assert ends["zoo/baddiffusion-box"] > 0.98 and ends["hard/box5-sde"] > 0.95
     assert ends["zoo/villan-psi1"] < 0.95
+
+
+def test_the_ball_is_light():
+    "Its script and its map, in bytes."
+    assets = ROOT / "book" / "assets"
+    sizes = [path.stat().st_size for path in assets.glob("drop_the_ball*.js")]
+    assert len(sizes) == 2 and sum(sizes) <= 100_000
 
 
 def test_the_balls_map_is_what_the_models_answer():

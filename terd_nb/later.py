@@ -15,7 +15,7 @@ from .diffusion import NoiseSchedule
 from .directions import antithetic
 from .rivals import uniformity
 from .triggers import Trigger
-from .two_stages import Candidate, Progress
+from .two_stages import TOLD, Candidate, Progress, starting_point
 
 # %% ../nbs/20b_later.ipynb #later-passed
 def passed_on(schedule: NoiseSchedule, told: str) -> Tensor:   # (T,)
@@ -112,6 +112,8 @@ def no_search(
     denoiser: Denoiser, seed: int, report: Progress,
 ) -> tuple[list[Candidate], dict]:
     "TERD's start, -U[0, 1), and no step from it: what a search must be better than."
-    r = -torch.rand(denoiser.shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    r, _ = starting_point(denoiser, TOLD[0], False, generator)
+    trigger = Trigger(r.detach().cpu())
     report("done", 1., {})
-    return [Candidate(Trigger(r), "start", 0., {"norm": r.norm().item()})], {}
+    return [Candidate(trigger, "start", 0., {"norm": trigger.norm})], {}

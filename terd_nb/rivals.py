@@ -132,13 +132,14 @@ def _invert(
     factor: float, iterations: int, lr: float,
 ) -> Iterator[float]:
     "Adam on the inversion loss; gives the loss of each step."
-    optimizer = torch.optim.Adam([r], lr=lr)
+    optimizer = torch.optim.Adam([r.requires_grad_()], lr=lr)
     for _ in range(iterations):
         loss = inversion_loss(denoiser, r, eps, factor)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         yield loss.item()
+    r.requires_grad_(False)
 
 # %% ../nbs/17_rivals.ipynb #85a903d8
 def _image_features(
@@ -169,20 +170,17 @@ def elijah(
     images: int = 16, steps: int = 50, eta: float = 1.,    # eta 1: DDPM, 0: DDIM
 ) -> tuple[list[Candidate], dict]:
     """Elijah's inversion and its two features (An et al. 2024, and the released code).
-
     Raises `ValueError` for an unknown start, `FloatingPointError` when it diverges."""
     generator = torch.Generator().manual_seed(seed)
     shape, device = denoiser.shape, denoiser.device
     eps = torch.randn(noises, *shape, generator=generator).to(device)
     z = torch.randn(images, *shape, generator=generator).to(device)
     r = _start(start, torch.rand(shape, generator=generator)).to(device)
-    r.requires_grad_()
     curve: list[float] = []
     for i, loss in enumerate(_invert(denoiser, r, eps, factor, iterations, lr)):
         curve.append(loss)
         if i % 10 == 0:
             report("inverting the shift", 0.9 * i / iterations, {"loss": loss})
-    r = r.detach()
     if not r.isfinite().all():
         raise FloatingPointError("Elijah's inversion diverged: its trigger is not "
                                  "finite; a smaller lr may help")

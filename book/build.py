@@ -65,6 +65,8 @@ PROGRESS_BAR = re.compile(r"\[\d[\d:]*(<[^\]]*)?, [^\]]*(it/s|s/it)\]")
 PLACEHOLDER = "<!-- made by build.py -->"
 HIDDEN = {"hide", "default_exp"}  # from readers of a page and of README.md alike
 LIVE = "live"  # a cell that needs a kernel
+WATCH_CONTROLS = f"__import__('runpy').run_path({str(BOOK / 'controls.py')!r})['watch']()"
+MOVE_CONTROLS = "__import__('ipywidgets').interact.try_all()"
 COLAB = "colab"  # the first cell, see first_cells.py
 TAGS = {
     ("echo", "false"): "remove-input",
@@ -208,17 +210,19 @@ def run_cells(nb, timeout=CELL_TIMEOUT):
                 start = [sys.executable, "-ES", str(BOOK / "warm.py"), "kernel", address]
                 client.km.kernel_spec.argv = [*start, "-f", "{connection_file}"]
             client.execute()
-    except CellTimeoutError:
+    except CellTimeoutError as error:
         if timeout == PATIENCE:
             raise
+        print(f"once more, for no answer came: {error}", flush=True)
         run_cells(nb, PATIENCE)
 
 
 def execute(path, target):
-    "Run one notebook, its solutions included, and keep it with its outputs and its run-time."
+    """Run one notebook, its solutions and its controls included, and keep it with its outputs and
+    its run-time."""
     nb = nbformat.read(path, as_version=4)
-    length = len(nb.cells)
-    nb.cells += list(solutions(nb.cells))
+    own, solved = nb.cells, list(solutions(nb.cells))
+    nb.cells = [new_code_cell(WATCH_CONTROLS), *own, *solved, new_code_cell(MOVE_CONTROLS)]
     for cell in nb.cells:
         if cell.cell_type == "code" and is_skipped(cell):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
@@ -230,20 +234,20 @@ def execute(path, target):
         raise BookError(
             f"{error}\n{path.name}: a cell raised {error.ename}: {error.evalue}"
         ) from None
-    for cell in nb.cells[:length]:
+    for cell in own:
         if "check" in directives(cell)[0] and "Correct" in printed_by(cell):
             raise BookError(
                 f"{path.name}: an exercise passes its check before anybody has done it:\n"
                 f"{cell.source}"
             )
-    for cell in nb.cells[length:]:
+    for cell in solved:
         printed = printed_by(cell)
         if cell.metadata.get("must_print", "") not in printed:
             raise BookError(
                 f"{path.name}: a solution does not pass its check, which printed {printed!r}:\n"
                 f"{cell.source}"
             )
-    nb.cells = nb.cells[:length]
+    nb.cells = own
     nb.metadata["seconds"] = round(time.perf_counter() - started, 1)
     target.parent.mkdir(parents=True, exist_ok=True)
     for old in target.parent.glob(f"{path.stem}.*.ipynb"):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS, PAGE = ROOT / "nbs", ROOT / "book" / "teaching.md"
 WORDS, LINES, EXERCISE = 200, 20, 8  # words and lines a minute; minutes an exercise
 FOLDS = {"check": "The check", "fig-alt": "The plot"}  # cells that a page folds, and their titles
-UNSEEN = {"hide", "hide_input", "default_exp", "colab", "code-fold", *FOLDS}
+UNSEEN = {"hide", "hide_input", "default_exp", "colab", "code-fold", "live", *FOLDS}
 NUMBER = r"(?:\d+)?"
 
 

@@ -267,6 +267,42 @@ def test_failing_cell_is_named(tmp_path):
         build.execute(path, tmp_path / "nb.key.ipynb")
 
 
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ("print(length + 1)", None),
+        ("plt.plot([0, length])", None),
+        ("print(3)", "moving length changes nothing"),
+        ("pass", "shows nothing"),
+        ("print(gone)", "name 'gone' is not defined"),
+    ],
+)
+@pytest.mark.parametrize("control", ["(0., 2.)", "FloatSlider(min=0., max=2.)", "[0, 1, 2]"])
+def test_a_control_that_changes_nothing_stops_the_build(body, wrong, control, tmp_path):
+    "Tried after the last cell, as by a student who has run them all."
+    live = f"""#| live
+import matplotlib.pyplot as plt
+from ipywidgets import FloatSlider, interact
+
+gone = 1
+
+
+@interact(length={control})
+def shown(length=1.):
+    {body}
+"""
+    cells = [new_code_cell(live), new_code_cell("del gone")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "nb.ipynb")
+    target = tmp_path / "run.ipynb"
+    wanted = pytest.raises(build.BookError, match=wrong) if wrong else contextlib.nullcontext()
+    with wanted:
+        build.execute(tmp_path / "nb.ipynb", target)
+    if not wrong:
+        assert [cell.source for cell in nbformat.read(target, as_version=4).cells] == [
+            cell.source for cell in cells
+        ]
+
+
 # ---------------------------------------------------------------- the browser
 
 

@@ -272,6 +272,16 @@ def test_each_figure_says_what_to_see(path):
             assert re.search(r"^#\| fig-cap: \"\S.*\.\"$", cell.source, re.M), cell.source
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem[0].isdigit()], **by_stem)
+def test_each_chapter_has_one_control(path):
+    "For whoever has a kernel; that it changes something is tried where the chapter is run."
+    cells = nbformat.read(path, as_version=4).cells
+    live = [cell for cell in cells if re.search(r"^#\| live$", cell.source, re.M)]
+    assert len(live) == 1 and re.search(r"\binteract\(", live[0].source)
+    assert re.search(r"^# \S", live[0].source, re.M), "it does not say what to try"
+    assert not live[0].outputs, "a widget stands still where its cell is only read"
+
+
 WIDE = 88  # characters of a line that a page shows
 LONG_CELL, LONG_FUNCTION = 30, 25  # lines
 

@@ -10,7 +10,7 @@ HOLD := torch==2.13.0
 PYTHONS := python3.11 python3.12 python3.13
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-results book book-test zoo hard-set families held-out later bench bench-zoo bench-held-out bench-later bench-search bench-sizes bench-families bench-lies bench-decisions bench-told against-released bench-report fuzz soak full-size gpu-proof course lab lint export check-export readme quarto-check lock dist test-pythons clean
+.PHONY: help demo test test-results book book-test zoo hard-set families held-out later bench bench-zoo bench-held-out bench-later bench-search bench-sizes bench-families bench-lies bench-decisions bench-told against-released bench-sample bench-report fuzz soak full-size gpu-proof course lab lint export check-export readme quarto-check lock dist test-pythons clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,6 +92,10 @@ bench-told: $(READY) ## measure TERD and Elijah as they are meant: told the atta
 
 against-released: $(READY) ## hold the first stage of TERD's released code, a clone in TERD=DIR, against ours; runs code of that clone
 	$(BIN)/python tests/against_released.py $(TERD) --csv data/results/released.csv
+
+bench-sample: $(READY) ## measure a tenth of the benchmark again, in about half an hour, and print it beside the recorded rows
+	@mkdir -p _build
+	$(BIN)/terd bench --again _build/again.csv
 
 bench-report: $(READY) ## make the tables and figures of chapter 21 from the measured rows, into _build/benchmark
 	$(BIN)/terd bench --report --out _build/benchmark

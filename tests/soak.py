@@ -218,7 +218,10 @@ def compare(rows, fleet, expected):
 
 
 def judged_specimens(folder, kinds):
-    "The row of each kind, from one process that nobody disturbs."
+    "The row of each kind, from one process that nobody disturbs, on one core like every worker."
+    import torch
+
+    torch.set_num_threads(1)
     folder.mkdir()
     models = {kind: KINDS[kind](folder / f"specimen-{kind}", folder) for kind in kinds}
     tasks = [Task(str(model), settings={"device": None, "seed": 0}) for model in models.values()]
@@ -395,9 +398,6 @@ def kill_and_resume(root, ledger, kills, seed=0, jobs=1, sent=signal.SIGKILL):
 
 def killed(kills, n, seed, kinds, short=False):
     "Rows of a scan that was killed against those of one that was not: its status, and its row."
-    import torch
-
-    torch.set_num_threads(1)
     with TemporaryDirectory() as temporary:
         work = Path(temporary)
         if short:

@@ -4,8 +4,8 @@
 __all__ = ['evidence_app', 'DRAWINGS', 'PLANTED_README', 'DATA_COLUMNS', 'LARGER', 'MARK_COLUMNS', 'AttackName', 'Solver',
            'FamilyName', 'picture_of', 'plant_images', 'plant_targets', 'honest_base', 'plant_attack', 'PlantPlan',
            'plant_plan', 'check_new', 'plant_work', 'planted_samples', 'save_planted', 'plant_backdoor', 'list_data',
-           'fetch_data', 'chosen_set', 'build_models', 'verify_zoo', 'Backend', 'report_bench', 'bench_apart',
-           'bench_chosen', 'run_bench', 'zip_chapters', 'make_unknown_models', 'open_unknown_models']
+           'fetch_data', 'chosen_set', 'build_models', 'verify_zoo', 'report_bench', 'bench_again', 'Backend',
+           'bench_apart', 'bench_chosen', 'run_bench', 'zip_chapters', 'make_unknown_models', 'open_unknown_models']
 
 # %% ../../nbs/j_cli.ipynb #6513270e
 from contextlib import nullcontext
@@ -484,12 +484,7 @@ def verify_zoo(
         bad += bool(wrong)
     return int(bad > 0)
 
-# %% ../../nbs/j_cli.ipynb #95e60af5
-class Backend(StrEnum):
-    joblib = "joblib"
-    ray = "ray"
-
-
+# %% ../../nbs/j_cli.ipynb #bench0again
 def report_bench(folder: Path) -> None:
     "Write the page of the benchmark, and say where it is."
     from terd_nb.lab.results import read_benchmark, write_report
@@ -498,8 +493,32 @@ def report_bench(folder: Path) -> None:
     print_line(f"The tables and figures are in {page}")
 
 
-def bench_apart(lies: bool, told: bool, jobs: int) -> None:
+def bench_again(path: Path, jobs: int) -> None:
+    "Measure a tenth again, and say what it comes to; status 1 if a verdict differs."
+    from terd_nb.lab.again import agreement, beside, measure_again
+
+    measure_again(path, jobs)
+    pairs = beside(path)
+    for what, value in agreement(pairs).items():
+        print_line(f"{what}: {value}")
+    other = pairs[pairs["verdict ours"] != pairs["verdict here"]]
+    for (name, method, settings, seed), row in other.iterrows():
+        print_line(f"{name}, {method} {settings}, seed {seed}: {row['verdict here']}, "
+                   f"recorded {row['verdict ours']}")
+    if len(other):
+        raise typer.Exit(1)
+
+# %% ../../nbs/j_cli.ipynb #95e60af5
+class Backend(StrEnum):
+    joblib = "joblib"
+    ray = "ray"
+
+
+def bench_apart(lies: bool, told: bool, again: Path | None, jobs: int) -> None:
     "Measure what is no search of a set: see the options of `run_bench`."
+    if again:
+        bench_again(again, jobs)
+        return
     if lies:
         from terd_nb.lab.lies import bench_lies
 
@@ -554,6 +573,10 @@ def run_bench(
     told: Annotated[bool, typer.Option(
         "--told", help="Measure instead the published search and Elijah's as they are "
                        "meant, see chapter 21b; in a checkout only.")] = False,
+    again: Annotated[Path | None, typer.Option(
+        "--again", metavar="FILE", show_default=False,
+        help="Measure instead a tenth of the benchmark once more, into FILE, and hold "
+             "it against the recorded rows; in a checkout only.")] = None,
     size: Annotated[int | None, typer.Option(
         "--size", metavar="PIXELS", show_default="all",
         help="With --sizes: only the models of so many pixels.")] = None,
@@ -574,15 +597,15 @@ def run_bench(
     """Measure the searches on the embedded models or another set, and fit the default
     detectors on the honest ones that are not set aside."""
     models = chosen_set(hard, families, sizes, size, held_out, later)
-    apart = report + lies + decisions + told
+    apart = report + lies + decisions + told + (again is not None)
     if apart and models != "zoo" or apart > 1:
-        raise ValueError(
-            "--report, --lies, --decisions and --told go with nothing else")
+        raise ValueError("--report, --lies, --decisions, --told and --again "
+                         "go with nothing else")
     if report:
         report_bench(out)
         return
     if apart:
-        bench_apart(lies, told, jobs)
+        bench_apart(lies, told, again, jobs)
         return
     bench_chosen(models, size, jobs=jobs, seeds=seeds, backend=backend.value)
 

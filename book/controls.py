@@ -3,9 +3,11 @@
 A cell marked `#| live` hands a function to `interact` of ipywidgets, which shows its controls to
 whoever has a kernel. While the book is built nobody sits there. Then `watch` takes the place of
 `interact`: it keeps the functions, and after the chapter's last cell `try_all` calls each of them
-at both ends of each control. Another figure or another line of text must come out.
+at both ends of each control. Another figure or another line of text must come out. And no name that
+a function uses may have been set anew by then: who has run all cells would move something else.
 """
 
+import dis
 import inspect
 
 import ipywidgets
@@ -22,11 +24,16 @@ class Watch:
     def __call__(self, function=None, **controls):
         if function is None:  # as a decorator
             return lambda function: self(function, **controls)
-        self.given.append((function, controls))
+        self.given.append((function, controls, used_by(function)))
         return function
 
     def try_all(self):
-        for function, controls in self.given:
+        for function, controls, before in self.given:
+            after = used_by(function)
+            changed = [name for name in after if after[name] is not before.get(name)]
+            if changed:
+                names = ", ".join(changed)
+                raise AssertionError(f"{function.__name__}: a later cell sets {names} anew")
             resting = defaults(function, controls)
             for name, control in controls.items():
                 first, last = (shown(function, resting | {name: end}) for end in ends(control))
@@ -34,6 +41,22 @@ class Watch:
                     raise AssertionError(f"{function.__name__} shows nothing")
                 if first == last:
                     raise AssertionError(f"{function.__name__}: moving {name} changes nothing")
+
+
+def names_in(code):
+    "The global names of a function's code, and of the functions and loops in it."
+    own = {one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL"}
+    return own.union(*(names_in(inner) for inner in code.co_consts if inspect.iscode(inner)))
+
+
+def used_by(function, seen=()):
+    "The chapter's own values that a function uses, and those that its own functions use."
+    own = function.__globals__
+    used = {name: own.get(name) for name in names_in(function.__code__) if name in own}
+    for value in list(used.values()):
+        if inspect.isfunction(value) and value.__globals__ is own and value not in seen:
+            used = used_by(value, (*seen, function)) | used
+    return used
 
 
 def ends(control):

@@ -93,8 +93,10 @@ def test_solutions_are_gone_and_nothing_else_is(root, unpacked):
     gone = 0
     for path in chapters_in(root):
         before = json.loads(path.read_text(encoding="utf-8"))
-        after = json.loads((unpacked / path.name).read_text(encoding="utf-8"))
-        nbformat.validate(after)
+        text = (unpacked / path.name).read_text(encoding="utf-8")
+        nbformat.validate(json.loads(text))
+        home = r"\]\(https://github\.com/[^)/]+/[^)/]+/blob/main/(?=book/)"
+        after = json.loads(re.sub(home, "](../", text))
         assert {k: v for k, v in after.items() if k != "cells"} == {
             k: v for k, v in before.items() if k != "cells"
         }
@@ -130,6 +132,17 @@ def test_a_chapter_of_the_archive_runs(unpacked):
     checks = [cell for cell in notebook.cells if cell.source.startswith("#| check")]
     printed = ["".join(o.get("text", "") for o in cell.outputs) for cell in checks]
     assert printed and not any(text.startswith("Correct") for text in printed)
+
+
+def test_the_archive_promises_no_solution_and_links_to_what_is_there(unpacked):
+    for path in unpacked.glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type != "markdown":
+                continue
+            assert "unfold" not in cell.source, path
+            for link in re.findall(r"\]\(([^)#\s]+\.(?:ipynb|md))", cell.source):
+                there = link.startswith("https://") or (unpacked / link).exists()
+                assert there, f"{path.name}: {link}"
 
 
 @pytest.mark.parametrize("text", ["**Solution.** 4", "<details><summary>Solution</summary>\n4"])

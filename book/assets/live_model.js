@@ -244,7 +244,7 @@
       const zero = across(-low / (high - low)), middle = (LEFT + WIDTH - RIGHT) / 2;
       this.histogram.append(svg("line", { class: "mark", x1: zero, x2: zero, y1: TOP, y2: up(0) }), svg("text", { x: middle, y: HEIGHT - 4, "text-anchor": "middle" }, "log-likelihood ratio by r̂"));
       for (const [value, x, anchor] of [[low, across(0), "start"], [0, zero, "middle"], [high, across(1), "end"]]) {
-        if (value === 0 || Math.abs(x - zero) > 60) this.histogram.append(svg("text", { x, y: up(0) + 20, "text-anchor": anchor }, signed(Math.round(value))));
+        if (anchor === "middle" || Math.abs(x - zero) > 60) this.histogram.append(svg("text", { x, y: up(0) + 20, "text-anchor": anchor }, signed(Math.round(value))));
       }
       const share = (values, right) => `${(100 * values.filter(right).length / INPUTS).toFixed(1)}%`;
       const says = `At the threshold 0, r̂ catches ${share(scores.triggered, value => value > 0)} of the triggered and lets ${share(clean, value => value <= 0)} of the clean pass.`;

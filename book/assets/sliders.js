@@ -43,7 +43,7 @@
 
   // ------------------------------------------------------------ the figures
 
-  const WIDTH = 560, HEIGHT = 240, LEFT = 44, RIGHT = 24, TOP = 12, BOTTOM = 40;
+  const WIDTH = 560, HEIGHT = 258, LEFT = 44, RIGHT = 24, TOP = 30, BOTTOM = 40;
 
   const bells = (plot, low, high, sd, means) => {
     const x = range(low, high, 300);
@@ -63,7 +63,7 @@
       },
     },
     strength: {
-      x: [-4, 19], y: [0, 1.08], label: "projection on r", values: strength, legend: WIDTH - 140,
+      x: [-4, 19], y: [0, 1.08], label: "projection on r", values: strength,
       controls: { strength: { label: "strength", min: 0, max: 1, step: 0.05, value: 0.3, digits: 2 } },
       draw(plot, { length }) {
         bells(plot, -4, 19, 1, { plain: 0, triggered: length });
@@ -143,7 +143,7 @@
       const kind = name === "triggered" ? "triggered" : "clean";
       const ends = [`${this.x(xs[0])},${this.y(0)}`, `${this.x(xs.at(-1))},${this.y(0)}`];
       this.root.append(svg("polygon", { class: `area ${kind}`, points: [ends[0], this.points(xs, ys), ends[1]].join(" ") }));
-      const x = this.figure.legend ?? LEFT + 8, y = TOP + 6 + 22 * this.names++;
+      const x = LEFT + 8 + 110 * this.names++, y = 6;   // above the bells, wherever they go
       this.root.append(svg("rect", { class: `area ${kind}`, x, y, width: 14, height: 10 }));
       this.root.append(svg("text", { x: x + 20, y: y + 10 }, name));
     }

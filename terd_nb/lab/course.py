@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['SOLUTION', 'STUDENTS_README', 'COUNT', 'BETWEEN', 'UNKNOWN_WEIGHTS', 'RELATIVE_NOISE', 'ANSWER_COLUMNS',
-           'without_solutions', 'chapters_in', 'student_files', 'student_zip', 'trigger_files', 'pool', 'draw_models',
-           'disguise', 'save_unknown', 'UnknownModel', 'make_unknown', 'brier', 'log_loss', 'read_answers',
-           'read_truth', 'check_seal', 'likeness', 'Mark', 'grade', 'skill', 'mean_cosine']
+           'without_solutions', 'chapters_in', 'linked_home', 'student_files', 'student_zip', 'trigger_files', 'pool',
+           'draw_models', 'disguise', 'save_unknown', 'UnknownModel', 'make_unknown', 'brier', 'log_loss',
+           'read_answers', 'read_truth', 'check_seal', 'likeness', 'Mark', 'grade', 'skill', 'mean_cosine']
 
 # %% ../../nbs/k_course.ipynb #ff4ce87e
 import base64
@@ -19,6 +19,7 @@ import secrets
 import shutil
 import zipfile
 from dataclasses import asdict, dataclass
+from importlib.metadata import metadata
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,18 @@ The licence of text and code is in LICENSE.
 """
 
 # %% ../../nbs/k_course.ipynb #ce699477
+def linked_home(notebook: dict) -> dict:
+    "The notebook with its links to other folders of the repository as addresses."
+    urls = dict(line.split(", ") for line in metadata("terd_nb").get_all("Project-URL"))
+    away, cells = f"]({urls['Source']}/blob/main/", []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            text = "".join(cell["source"]).replace("](../", away)
+            cell = cell | {"source": text.splitlines(True)}
+        cells.append(cell)
+    return notebook | {"cells": cells}
+
+
 def student_files(checkout: Path) -> dict[str, bytes]:
     "What students get: name -> content; raises `ValueError`."
     files = {
@@ -95,13 +108,13 @@ def student_files(checkout: Path) -> dict[str, bytes]:
     }
     for path in chapters_in(checkout):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        kept = without_solutions(notebook, path.name)
+        kept = linked_home(without_solutions(notebook, path.name))
         text = json.dumps(kept, indent=1, ensure_ascii=False, sort_keys=True)
         files[path.name] = (text + "\n").encode()
     files["LICENSE"] = (checkout / "LICENSE").read_bytes()
     return files
 
-
+# %% ../../nbs/k_course.ipynb #linkedzip
 def student_zip(checkout: Path, out: Path) -> int:   # how many chapters
     "Write the students' archive, whole or not at all; raises `ValueError`."
     files = student_files(checkout)

@@ -91,6 +91,11 @@ def is_told(row: pd.Series) -> bool:
 
 
 # %% ../../nbs/21b_told.ipynb #b21b0023
+def _short(rate: Rate) -> str:
+    low, high = rate.interval
+    return f"{rate.k}/{rate.n} [{low:.0%}, {high:.0%}]"
+
+
 def compared(rows: pd.DataFrame) -> dict:
     "One row of the comparison; rates of models only where they are judged."
     bad = rows["label"] == "backdoored"
@@ -99,7 +104,8 @@ def compared(rows: pd.DataFrame) -> dict:
     found = {"TPR": "–", "TNR": "–"}
     if "flagged" in rows and rows["flagged"].notna().all():
         flagged = rows["flagged"].astype(bool)
-        found = {"TPR": str(Rate.of(flagged[bad])), "TNR": str(Rate.of(~flagged[~bad]))}
+        found = {"TPR": _short(Rate.of(flagged[bad])),
+                 "TNR": _short(Rate.of(~flagged[~bad]))}
     return found | {
         "distance": f"{own['relative'].median():.2f}",
         "cosine": f"{own['cosine'].median():.2f}",

@@ -103,7 +103,7 @@ bench-report: $(READY) ## make the tables and figures of chapter 21 from the mea
 fuzz: $(READY) ## open N mutants of honest folders, made from SEED, and say how each ended; SCAN=1: through whole scans
 	$(BIN)/python tests/fuzz.py --n $(or $(N),3000) --seed $(or $(SEED),1) $(if $(SCAN),--scan)
 
-soak: $(READY) ## scan N folders with two workers, of which one is killed each PERIOD seconds; KILLS=50: kill the whole scan; SPEED=14: models a minute; CSV=FILE keeps what is found
+soak: $(READY) ## scan N folders with two workers, of which one is killed each PERIOD seconds; KILLS=50: kill the whole scan; SHORT=1: searches of a few steps; SPEED=14: models a minute; CSV=FILE keeps what is found
 	$(BIN)/python tests/soak.py $(if $(SPEED),--speed $(SPEED),$(if $(KILLS),--kills $(KILLS),--period $(or $(PERIOD),60))) $(if $(N),--n $(N)) $(if $(SHORT),--short) $(if $(CSV),--csv $(CSV))
 
 full-size: $(READY) ## measure what models of full size cost: memory and seconds of an image, hours of a scan; CSV=FILE keeps the table

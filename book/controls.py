@@ -3,8 +3,9 @@
 A cell marked `#| live` hands a function to `interact` of ipywidgets, which shows its controls to
 whoever has a kernel. While the book is built nobody sits there. Then `watch` takes the place of
 `interact`: it keeps the functions, and after the chapter's last cell `try_all` calls each of them
-at both ends of each control. Another figure or another line of text must come out. And no name that
-a function uses may have been set anew by then: who has run all cells would move something else.
+at both ends of each control. Another figure or another line of text must come out, and the same
+from the same end. And no name that a function uses may have been set anew by then: who has run all
+cells would move something else.
 """
 
 import dis
@@ -36,7 +37,12 @@ class Watch:
                 raise AssertionError(f"{function.__name__}: a later cell sets {names} anew")
             resting = defaults(function, controls)
             for name, control in controls.items():
-                first, last = (shown(function, resting | {name: end}) for end in ends(control))
+                start, end = (resting | {name: one} for one in ends(control))
+                first, again, last = (shown(function, at) for at in (start, start, end))
+                if first != again:
+                    raise AssertionError(
+                        f"{function.__name__} shows something else each time; seed its noise"
+                    )
                 if ("", []) in (first, last):
                     raise AssertionError(f"{function.__name__} shows nothing")
                 if first == last:
@@ -65,6 +71,8 @@ def ends(control):
         control = list(control.options)
     if hasattr(control, "max"):
         return control.min, control.max
+    if not isinstance(control, tuple | list):
+        raise AssertionError(f"write the control {control!r} as a tuple, a list or a widget")
     return (control[0], control[1]) if isinstance(control, tuple) else (control[0], control[-1])
 
 

@@ -275,6 +275,8 @@ def test_failing_cell_is_named(tmp_path):
         ("print(3)", "moving length changes nothing"),
         ("pass", "shows nothing"),
         ("print(gone)", "name 'gone' is not defined"),
+        ("print(later)", "a later cell sets later anew"),
+        ("import random; print(random.random())", "shows something else each time"),
     ],
 )
 @pytest.mark.parametrize("control", ["(0., 2.)", "FloatSlider(min=0., max=2.)", "[0, 1, 2]"])
@@ -284,14 +286,14 @@ def test_a_control_that_changes_nothing_stops_the_build(body, wrong, control, tm
 import matplotlib.pyplot as plt
 from ipywidgets import FloatSlider, interact
 
-gone = 1
+gone = later = 1
 
 
 @interact(length={control})
 def shown(length=1.):
     {body}
 """
-    cells = [new_code_cell(live), new_code_cell("del gone")]
+    cells = [new_code_cell(live), new_code_cell("del gone\nlater = 2")]
     nbformat.write(new_notebook(cells=cells), tmp_path / "nb.ipynb")
     target = tmp_path / "run.ipynb"
     wanted = pytest.raises(build.BookError, match=wrong) if wrong else contextlib.nullcontext()

@@ -57,12 +57,12 @@ def agreement(pairs: pd.DataFrame) -> dict[str, str]:
     speed = pairs["seconds here"] / pairs["seconds ours"]
     return {
         "the same verdict": f"{same.sum()} of {len(pairs)}",
-        "score, largest difference of a search of ours": f"{_ours(off).max():.3f}",
+        "score of fast, largest difference": f"{_of_fast(off).max():.3f}",
         "sample_evals, largest difference": f"{cost.max():.1%}",
         "seconds, median of here / ours": f"{speed.median():.2f}",
     }
 
 
-def _ours(values: pd.Series) -> pd.Series:
-    "Those of `fast`, whose score has one scale for all models."
+def _of_fast(values: pd.Series) -> pd.Series:
+    "Those whose score has one scale for all models."
     return values[values.index.get_level_values("method") == "fast"]

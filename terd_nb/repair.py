@@ -112,15 +112,21 @@ def search_again(denoiser, seed: int, quiet: bool, label: str):   # verdict, Can
 
 # %% ../nbs/a5_repair.ipynb #5a8a9bb8
 def _known_path(denoiser, trigger: Path | None, seed: int, quiet: bool):
-    "The trigger to repair and psi; raises `ValueError` where nothing is found."
+    """The trigger to repair, psi, and whether the model itself speaks for them.
+
+    Raises `ValueError` where nothing is found."""
+    from terd_nb.model_detection import NATURAL_ZERO
+    from terd_nb.removal import evidence_for
+
     if trigger:
-        return read_trigger(trigger, denoiser.shape), 1.
+        given = read_trigger(trigger, denoiser.shape)
+        return given, 1., evidence_for(denoiser, given.r, seed) > NATURAL_ZERO["fast"]
     verdict, found = search_again(denoiser, seed, quiet, "searching the trigger")
     if verdict != "backdoored":
         raise ValueError(
             f"the search calls {denoiser.name} {verdict} (S = {found.score:.2f}), so "
             "there is nothing to take out; name a --trigger to do it all the same")
-    return found.trigger, found.evidence["psi"]
+    return found.trigger, found.evidence["psi"], True
 
 # %% ../nbs/a5_repair.ipynb #ce19f017
 def _clean_pictures(folder: Path | None, denoiser):   # Tensor (M, C, H, W) or None
@@ -162,7 +168,8 @@ def repair_model(
     """Take a backdoor out of a copy of a model, and scan the copy.
 
     Exit status 0: the copy is there, and a search finds nothing in it. 1: it is there,
-    and a search is not satisfied. 2: there is no copy."""
+    and a search is not satisfied, or nothing in the model spoke for the --trigger that
+    was given. 2: there is no copy."""
     from terd_nb.loading.convert import must_be_new
 
     must_be_new(out)
@@ -174,7 +181,7 @@ def repair_model(
     source, _ = locate(located(model))
     denoiser = load(source, usable_device(device), variant=variant)
     pictures = _clean_pictures(images, denoiser)
-    found, psi = _known_path(denoiser, trigger, seed, quiet)
+    found, psi, sure = _known_path(denoiser, trigger, seed, quiet)
     bar = not quiet and progress_bar(quiet) is not None and "repairing"
     fixed = remove_backdoor(denoiser, found, psi, pictures, steps, seed=seed,
                             progress=bar)
@@ -183,4 +190,7 @@ def repair_model(
     if not quiet:
         print_line(f"{out} is made; a search calls it {verdict} "
                    f"(S = {again.score:.2f})")
-    return int(verdict != "clean")
+        if not sure:
+            print_line(f"nothing in {denoiser.name} speaks for the --trigger, so that "
+                       "says little: the backdoor may be another one")
+    return int(verdict != "clean" or not sure)

@@ -17,10 +17,12 @@ from terd_nb.diffusion import PREDICTIONS, linear_schedule
 from terd_nb.ideal_model import IdealModel
 from terd_nb.loading.files import CheckpointError, file_sha256
 from terd_nb.loading.schedulers import karras_sigmas, load, ve_path
+from terd_nb.model_detection import NATURAL_ZERO
 from terd_nb.removal import (
     LONGEST,
     _in_own_words,
     _shares,
+    evidence_for,
     honest_answer,
     own_images,
     remove_backdoor,
@@ -29,7 +31,7 @@ from terd_nb.removal import (
 from terd_nb.repair import write_repaired
 from terd_nb.triggers import Trigger, box, hat
 from terd_nb.two_stages import Candidate
-from terd_nb.zoo import zoo_path
+from terd_nb.zoo import zoo_names, zoo_path
 
 SHAPE = (1, 16, 16)
 SCHEDULE = linear_schedule()
@@ -202,6 +204,34 @@ def test_two_steps_do_not_do_and_the_status_says_so(tmp_path, capsys):
     assert load(out, "cpu").shape == SHAPE
     assert cli.main(words) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_a_wrong_trigger_is_told_though_the_copy_is_called_clean(tmp_path, capsys, monkeypatch):
+    nothing = Candidate(Trigger(box(SHAPE)), "fit", -0.1, {"psi": 1.0})
+    monkeypatch.setattr(repair, "search_again", lambda *_: ("clean", nothing))
+    source = zoo_path("baddiffusion-box")
+    wrong = Trigger(torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)))
+    (tmp_path / "wrong.safetensors").write_bytes(wrong.to_bytes())
+    for name, status in ((source / "trigger", 0), (tmp_path / "wrong", 1)):
+        words = ["repair", str(source), str(tmp_path / f"{status}"), "--steps", "2"]
+        assert cli.main([*words, "--trigger", f"{name}.safetensors"]) == status
+        assert ("nothing in baddiffusion-box speaks for" in capsys.readouterr().out) == status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo_names())
+def test_the_evidence_for_a_trigger_says_whose_it_is(name):
+    "Without a fit: above the alarm for the planted one, below zero for another's."
+    model, planted = load(zoo_path(name), "cpu"), zoo_path(name) / "trigger.safetensors"
+    if planted.exists():
+        assert evidence_for(model, Trigger.load(planted).r) > NATURAL_ZERO["fast"]
+    other = zoo_path("villan-psi1" if "in-d2d" in name or "benign" in name else "trojdiff-in-d2d")
+    assert evidence_for(model, Trigger.load(other / "trigger.safetensors").r) < 0
+
+
+def test_the_evidence_for_a_trigger_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="has the shape .1, 16, 16., not .1, 8, 8."):
+        evidence_for(load(zoo_path("benign-a"), "cpu"), torch.zeros(1, 8, 8))
 
 
 def test_where_nothing_is_found_nothing_is_written(tmp_path, capsys, monkeypatch):

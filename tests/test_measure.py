@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from terd_nb.cli import main
-from terd_nb.lab import measure
+from terd_nb.lab import again, measure
 from terd_nb.lab.measure import (
     ABLATIONS,
     KEY,
@@ -27,6 +27,7 @@ from terd_nb.lab.measure import (
     read_rows,
     results_path,
     rows_to_measure,
+    write_rows,
 )
 from terd_nb.lab.results import COMPARED
 from terd_nb.lab.sets import SETS, ModelSet
@@ -257,3 +258,17 @@ def test_without_a_detector_rows_are_not_judged():
     judged = judged_by(None, part)
     assert judged["verdict"].tolist() == ["", ""] and judged["score"].isna().all()
     assert judged.index.tolist() == [3, 5]
+
+
+def test_a_tenth_again_is_held_against_what_was_recorded(tmp_path, monkeypatch, capsys):
+    "What differs in its verdict is named, and the status is 1; what is there is not measured anew."
+    monkeypatch.setattr(again, "tenth", lambda: [("trojdiff-d2i", "fast", "rounds=1:0:8", 0)])
+    path = tmp_path / "again.csv"
+    assert main(["bench", "--again", str(path), "--jobs", "1"]) == 0
+    assert "the same verdict: 1 of 1" in capsys.readouterr().out
+    (row,) = read_rows(path)
+    write_rows(path, [row | {"S": "-1"}])
+    assert main(["bench", "--again", str(path), "--jobs", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "the same verdict: 0 of 1" in said
+    assert "trojdiff-d2i, fast rounds=1:0:8, seed 0: clean, recorded inconclusive" in said

@@ -267,20 +267,24 @@ def test_failing_cell_is_named(tmp_path):
         build.execute(path, tmp_path / "nb.key.ipynb")
 
 
+WIDGET, LIST, RANGE = "FloatSlider(min=0., max=2.)", "[0, 1, 2]", "(0., 2.)"
+
+
 @pytest.mark.parametrize(
-    ("body", "wrong"),
+    ("body", "control", "wrong"),
     [
-        ("print(length + 1)", None),
-        ("plt.plot([0, length])", None),
-        ("print(3)", "moving length changes nothing"),
-        ("pass", "shows nothing"),
-        ("print(gone)", "name 'gone' is not defined"),
-        ("print(later)", "a later cell sets later anew"),
-        ("import random; print(random.random())", "shows something else each time"),
+        ("print(length + 1)", LIST, None),
+        ("plt.plot([0, length])", WIDGET, None),
+        ("plt.plot([0, length])", RANGE, None),
+        ("print(3)", WIDGET, "moving length changes nothing"),
+        ("pass", RANGE, "shows nothing"),
+        ("print(gone)", LIST, "name 'gone' is not defined"),
+        ("print(later)", LIST, "a later cell sets later anew"),
+        ("import random; print(random.random())", RANGE, "shows something else each time"),
+        ("print(length)", "True", "write the control True as"),
     ],
 )
-@pytest.mark.parametrize("control", ["(0., 2.)", "FloatSlider(min=0., max=2.)", "[0, 1, 2]"])
-def test_a_control_that_changes_nothing_stops_the_build(body, wrong, control, tmp_path):
+def test_a_control_that_changes_nothing_stops_the_build(body, control, wrong, tmp_path):
     "Tried after the last cell, as by a student who has run them all."
     live = f"""#| live
 import matplotlib.pyplot as plt

@@ -219,7 +219,7 @@ def test_a_wrong_trigger_is_told_though_the_copy_is_called_clean(tmp_path, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", zoo_names())
+@pytest.mark.parametrize("name", [n for n in zoo_names() if n[:6] != "benign"] + ["benign-e"])
 def test_the_evidence_for_a_trigger_says_whose_it_is(name):
     "Without a fit: above the alarm for the planted one, below zero for another's."
     model, planted = load(zoo_path(name), "cpu"), zoo_path(name) / "trigger.safetensors"

@@ -93,7 +93,7 @@ bench-told: $(READY) ## measure TERD and Elijah as they are meant: told the atta
 against-released: $(READY) ## hold the first stage of TERD's released code, a clone in TERD=DIR, against ours; runs code of that clone
 	$(BIN)/python tests/against_released.py $(TERD) --csv data/results/released.csv
 
-bench-sample: $(READY) ## measure a tenth of the benchmark again, in about half an hour, and print it beside the recorded rows
+bench-sample: $(READY) ## measure a tenth of the benchmark again, and print it beside the recorded rows
 	@mkdir -p _build
 	$(BIN)/terd bench --again _build/again.csv
 

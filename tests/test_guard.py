@@ -4,8 +4,10 @@ A noise that carries a trigger does not get in, by a generator or as latents, an
 untouched. The oracle is diffusers: what a guarded pipeline draws from clean noise is what the bare
 one draws."""
 
+import copy
 import inspect
 import logging
+import pickle
 import threading
 
 import diffusers
@@ -15,7 +17,7 @@ from diffusers.schedulers.deprecated.scheduling_karras_ve import KarrasVeSchedul
 from scipy.stats import ncx2
 from scipy.stats import norm as normal
 
-from terd_nb.guard import STARTS, Guard, TriggeredInput, false_alarm_rate, threshold_for
+from terd_nb.guard import Guard, TriggeredInput, false_alarm_rate, threshold_for
 from terd_nb.input_detection import InputDetector
 from terd_nb.lab.decisions import crafted_generator
 from terd_nb.loading.contracts import PIPELINE_RUNS
@@ -120,7 +122,7 @@ def test_which_pipelines_take_noise_as_an_argument():
     "Chapter 18b's table: one takes latents; all others draw by themselves."
     takes = {
         name: [arg for arg in inspect.signature(getattr(diffusers, name).__call__).parameters
-               if arg in STARTS]
+               if arg in ("latents", "image")]
         for name in GUARDED
     }  # fmt: skip
     assert {name for name, args in takes.items() if args} == {"ConsistencyModelPipeline"}
@@ -159,6 +161,8 @@ def test_what_is_no_number_is_not_innocent(value):
 def test_what_is_wrong_is_said():
     with pytest.raises(ValueError, match="action must be one of raise, replace, log"):
         Guard(InputDetector(TRIGGER), "drop")
+    with pytest.raises(TypeError, match="not of torch.int64"):
+        Guard(InputDetector(TRIGGER), "replace").admit(torch.ones(1, *SHAPE).long())
     with pytest.raises(ValueError, match="do not fit the trigger's"):
         Guard(InputDetector(TRIGGER)).admit(torch.zeros(1, 3, 16, 16))
 
@@ -167,7 +171,8 @@ class OwnStart(diffusers.DDPMPipeline):
     "A pipeline that starts from what it is given under a name of its own."
 
     @torch.no_grad()
-    def __call__(self, init, num_inference_steps=2):
+    def __call__(self, init, num_inference_steps=2, image=None):
+        init = init[0] if isinstance(init, list) else init
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
             init = self.scheduler.step(self.unet(init, t).sample, t, init).prev_sample
@@ -178,8 +183,18 @@ def test_noise_that_the_guard_has_not_seen_reaches_no_network():
     bare = OwnStart(unet(), diffusers.DDPMScheduler())
     guarded = Guard(InputDetector(TRIGGER)).wrap(bare)
     with pytest.raises(RuntimeError, match="has not seen"):
-        guarded(noise())
-    bare(noise())  # outside of a guarded call nothing is asked
+        guarded([noise()])
+    bare([noise()])  # outside of a guarded call nothing is asked
+
+
+def test_noise_is_judged_under_whatever_name_it_comes():
+    guarded = Guard(InputDetector(TRIGGER)).wrap(OwnStart(unet(), diffusers.DDPMScheduler()))
+    guarded(noise(), image=noise(2))
+    for names in ({}, {"image": noise()}, {"image": None}):
+        with pytest.raises(TriggeredInput):
+            guarded(TRIGGER.stamp(noise()), **names)
+        with pytest.raises(TriggeredInput):
+            guarded(init=TRIGGER.stamp(noise()), **names)
 
 
 def test_calls_in_other_threads_keep_their_own_guard():
@@ -208,6 +223,18 @@ def test_a_guarded_pipeline_is_saved_as_what_it_was(tmp_path):
     bare = pipeline_of("DDIMPipeline")
     Guard(InputDetector(TRIGGER)).wrap(bare).save_pretrained(tmp_path)
     assert '"_class_name": "DDIMPipeline"' in (tmp_path / "model_index.json").read_text()
+
+
+def pickled(pipeline):
+    return pickle.loads(pickle.dumps(pipeline))
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickled])
+def test_a_copy_of_a_guarded_pipeline_is_guarded(again):
+    guarded = again(Guard(InputDetector(TRIGGER)).wrap(pipeline_of("DDIMPipeline")))
+    assert isinstance(guarded, diffusers.DDIMPipeline)
+    with pytest.raises(TriggeredInput):
+        drawn(guarded, crafted_generator(TRIGGER.stamp(noise())))
 
 
 # ---------------------------------------------------------------- false alarms

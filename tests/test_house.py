@@ -334,7 +334,6 @@ LONGER_FUNCTIONS = {
     "path_fit.race": OPTIONS,
     "planting.plant": OPTIONS,
     "repair.repair_model": OPTIONS,
-    "repair.write_repaired": OPTIONS,
     "removal.remove_backdoor": OPTIONS,
     "rivals.elijah": OPTIONS,
     "scanning.scan": OPTIONS,

@@ -28,7 +28,7 @@ from terd_nb.removal import (
     remove_backdoor,
     repair_points,
 )
-from terd_nb.repair import write_repaired
+from terd_nb.repair import repaired_copy
 from terd_nb.triggers import Trigger, box, hat
 from terd_nb.two_stages import Candidate
 from terd_nb.zoo import zoo_names, zoo_path
@@ -160,7 +160,8 @@ def test_the_folder_is_whole_and_holds_nothing_else(tmp_path, model):
     kept = all_files(source)
     out = tmp_path / "out"
     out.mkdir()  # an empty one is welcome
-    write_repaired(source, out, model)
+    with repaired_copy(source, out, model) as copy:
+        assert copy.name == "out" and not any(out.iterdir())
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
         "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
@@ -172,8 +173,11 @@ def test_the_folder_is_whole_and_holds_nothing_else(tmp_path, model):
     x, again = model.noise(2), load(out, "cpu")
     assert torch.equal(again.eps(x, 400), model.eps(x, 400))
     assert torch.allclose(pipeline.unet(x, 400).sample, model.eps(x, 400), atol=1e-5)
-    with pytest.raises(CheckpointError, match="nothing is overwritten"):
-        write_repaired(source, out, model)
+    with (
+        pytest.raises(CheckpointError, match="nothing is overwritten"),
+        repaired_copy(source, out, model),
+    ):
+        raise AssertionError("a second copy was begun")
 
 
 def test_a_latent_model_keeps_its_decoder(tmp_path):
@@ -186,7 +190,8 @@ def test_a_latent_model_keeps_its_decoder(tmp_path):
     source = tmp_path / "source"
     diffusers.LDMPipeline(coder, unet, diffusers.DDIMScheduler()).save_pretrained(source)
     old = load(source, "cpu")
-    write_repaired(source, tmp_path / "out", old)
+    with repaired_copy(source, tmp_path / "out", old):
+        pass
     new, z = load(tmp_path / "out", "cpu"), old.noise(2)
     assert torch.equal(new.pictures(z), old.pictures(z))
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
@@ -204,6 +209,47 @@ def test_two_steps_do_not_do_and_the_status_says_so(tmp_path, capsys):
     assert load(out, "cpu").shape == SHAPE
     assert cli.main(words) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_what_stops_the_second_search_leaves_no_copy(tmp_path, capsys, monkeypatch):
+    def interrupted(denoiser, *_):
+        assert denoiser.name == "out"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(repair, "search_again", interrupted)
+    source, out = zoo_path("baddiffusion-box"), tmp_path / "out"
+    words = ["repair", str(source), str(out), "--steps", "1"]
+    assert cli.main([*words, "--trigger", str(source / "trigger.safetensors")]) == 130
+    huge = Trigger(1e20 * Trigger.load(source / "trigger.safetensors").r)
+    (tmp_path / "huge.safetensors").write_bytes(huge.to_bytes())
+    assert cli.main([*words, "--trigger", str(tmp_path / "huge.safetensors")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["huge.safetensors"]
+    assert "holds NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["out", "unet/out"])
+def test_no_copy_is_made_inside_of_the_model(tmp_path, capsys, inside):
+    shutil.copytree(zoo_path("villan-psi1"), tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    kept = all_files(tmp_path / "model")
+    for name in ("model", "link"):
+        words = ["repair", str(tmp_path / "model"), str(tmp_path / name / inside)]
+        assert cli.main([*words, "--trigger", str(tmp_path / "model/trigger.safetensors")]) == 2
+        assert "which is left as it is" in capsys.readouterr().err
+    assert all_files(tmp_path / "model") == kept
+
+
+def test_a_model_whose_config_leaves_its_size_open_is_repaired(tmp_path, capsys, monkeypatch):
+    clean = Candidate(Trigger(box(SHAPE)), "fit", -0.1, {"psi": 1.0})
+    monkeypatch.setattr(repair, "search_again", lambda *_: ("clean", clean))
+    shutil.copytree(zoo_path("baddiffusion-box"), tmp_path / "model")
+    config = tmp_path / "model" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": None}))
+    words = ["repair", str(tmp_path / "model"), str(tmp_path / "out"), "--steps", "1"]
+    words += ["--trigger", str(tmp_path / "model" / "trigger.safetensors")]
+    assert cli.main(words) == 2
+    assert "--size 32" in capsys.readouterr().err
+    assert cli.main([*words, "--size", "16"]) == 0
 
 
 def test_a_wrong_trigger_is_told_though_the_copy_is_called_clean(tmp_path, capsys, monkeypatch):

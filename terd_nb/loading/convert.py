@@ -6,7 +6,7 @@ __all__ = ['ZIP', 'LEGACY', 'OTHER_FILES', 'NUMBER_BYTES', 'TENSOR_NAMES', 'MAX_
            'check_legacy', 'in_words', 'check_pickle', 'is_state', 'averaged_weights', 'outline', 'weights_in',
            'leave_network', 'bound_process', 'Answer', 'plain_tensors', 'load_checked', 'pickled_weights',
            'read_in_child', 'read_pickles', 'write_folder', 'files_of', 'pickles_of', 'convert_folder', 'convert_file',
-           'stopped_by_sigterm', 'must_be_new', 'convert']
+           'stopped_by_sigterm', 'must_be_new', 'must_be_apart', 'convert']
 
 # %% ../../nbs/b5_convert.ipynb #b4d4af64
 import io
@@ -599,6 +599,13 @@ def must_be_new(out: Path) -> None:
         raise CheckpointError(f"{out} cannot be made; name a folder in one that is "
                               "there and is yours")
 
+# %% ../../nbs/b5_convert.ipynb #b5apart0
+def must_be_apart(out: Path, source: Path) -> None:
+    "Refuse a goal in the source, which is only read; raises `CheckpointError`."
+    if out.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{out} lies in {source}, which is left as it is; name a "
+                              "folder beside it")
+
 # %% ../../nbs/b5_convert.ipynb #ee92b4aa
 def convert(
     source: str | Path,     # a diffusers folder with .bin files, or a training's .pth
@@ -611,6 +618,7 @@ def convert(
     from terd_nb.loading.schedulers import load
     source, out = Path(source), Path(out)
     must_be_new(out)
+    must_be_apart(out, source)
     hidden = TemporaryDirectory(prefix=".terd-convert-", dir=out.absolute().parent)
     with stopped_by_sigterm(), hidden as place:
         model = Path(place) / "model"

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SDE', 'ODE', 'OWN', 'WIDEST', 'LOUDEST', 'FIRST_RATIO', 'RATES', 'SHORTEST', 'QUIETEST', 'RATIOS', 'CONTROLS', 'NEAR',
-           'ROUNDS', 'Hypothesis', 'path_shares', 'Paths', 'draw_target', 'begin', 'path_times', 'descend_paths',
+           'ROUNDS', 'Hypothesis', 'path_shares', 'Paths', 'draw_target', 'begin', 'path_times', 'Descent',
            'control_losses', 'evidence', 'PathFit', 'attack_of_fit', 'Round', 'race', 'fit_path']
 
 # %% ../nbs/15_path_fit.ipynb #130007ad
@@ -172,32 +172,43 @@ def _free(hypotheses: list[Hypothesis], like: Tensor) -> dict[str, Tensor]:
             .to(like).reshape(-1, 1, 1, 1, 1) for name, field in fields.items()}
 
 # %% ../nbs/15_path_fit.ipynb #779dbfcf
-def descend_paths(
-    denoiser: Denoiser,
-    paths: Paths, optimizer: torch.optim.Adam,   # of its tensors, a group for each
-    free: dict[str, Tensor],        # see `_free`
-    left: list[int],                # which of them are still fitted
-    shortest: Tensor, limit: float,   # (K,) of |r|; of the image
-    decay: list[float],             # for each step, the share of its rate
-    batch: int, generator: torch.Generator,
-) -> None:
-    "Minimise the attacker's loss over a whole path, for several attacks at once."
-    unknowns = paths.unknowns
-    most = denoiser.rows_at_once(gradient=True)
-    for share in decay:
-        t = path_times(denoiser, batch, generator)
-        eps = torch.randn(batch, *denoiser.shape, generator=generator).to(paths.r)
-        optimizer.zero_grad()
-        for part in torch.tensor(left).split(max(1, most // batch)):
-            for times, noises in zip(t.split(most), eps.split(most)):
-                some = Paths(**{name: v[part] for name, v in vars(paths).items()})
-                (some.losses(denoiser, times, noises).sum() / batch).backward()
-        for group, name in zip(optimizer.param_groups, unknowns):
+class Descent:
+    "Several attacks at once, on their way down the attacker's loss over a whole path."
+
+    def __init__(self, paths: Paths, hypotheses: list[Hypothesis], limit: float):
+        self.paths, self.limit = paths.pick(slice(None)), limit
+        self.shortest = SHORTEST * paths.r.flatten(1).norm(dim=1)
+        self.free = _free(hypotheses, paths.lam)
+        self.optimizer = torch.optim.Adam(
+            [{"params": [v.requires_grad_()]} for v in self.paths.unknowns.values()],
+            betas=(0.9, 0.99))
+
+    def go(self,
+        denoiser: Denoiser,
+        left: list[int],                # which of them are still fitted
+        decay: list[float],             # for each step, the share of its rate
+        batch: int, generator: torch.Generator,
+    ) -> None:
+        "Some steps further."
+        most = denoiser.rows_at_once(gradient=True)
+        for share in decay:
+            t = path_times(denoiser, batch, generator)
+            eps = torch.randn(batch, *denoiser.shape, generator=generator)
+            self.optimizer.zero_grad()
+            for part in torch.tensor(left).split(max(1, most // batch)):
+                for times, z in zip(t.split(most), eps.to(self.paths.r).split(most)):
+                    some = Paths(**{name: v[part] for name, v in vars(self.paths).items()})
+                    (some.losses(denoiser, times, z).sum() / batch).backward()
+            self._step(share)
+
+    def _step(self, share: float) -> None:
+        unknowns = self.paths.unknowns
+        for group, name in zip(self.optimizer.param_groups, unknowns):
             group["lr"] = RATES[name] * share
-            unknowns[name].grad *= free.get(name, 1.)
-        optimizer.step()
+            unknowns[name].grad *= self.free.get(name, 1.)
+        self.optimizer.step()
         with torch.no_grad():
-            _bounded(paths, shortest, limit)
+            _bounded(self.paths, self.shortest, self.limit)
 
 # %% ../nbs/15_path_fit.ipynb #c63cca2d
 # alpha/sigma at which a fit is held against its controls.
@@ -349,18 +360,14 @@ def race(
 
     Raises `FloatingPointError` where a loss is no number."""
     before, generator = denoiser.sample_evals, torch.Generator().manual_seed(seed)
-    left, paths = list(range(len(hypotheses))), paths.pick(slice(None))
-    shortest = SHORTEST * paths.r.flatten(1).norm(dim=1)
-    optimizer = torch.optim.Adam(
-        [{"params": [v.requires_grad_()]} for v in paths.unknowns.values()],
-        betas=(0.9, 0.99))
+    left, descent = list(range(len(hypotheses))), Descent(paths, hypotheses, limit)
     for one, decay in zip(rounds, _decays(rounds)):
         left = [left[k] for k in _leaders(S, [hypotheses[k] for k in left], one.kept)]
-        descend_paths(denoiser, paths, optimizer, _free(hypotheses, paths.lam), left,
-                      shortest, limit, decay, one.batch, generator)
-        losses = control_losses(denoiser, paths.pick(left), mean, repeats, seed + 2)
+        descent.go(denoiser, left, decay, one.batch, generator)
+        paths = descent.paths.pick(left)
+        losses = control_losses(denoiser, paths, mean, repeats, seed + 2)
         S = evidence(losses, controls)
-    paths = paths.pick(left)     # judged on noises that have chosen nothing
+    # Judged on noises that have chosen nothing
     losses = control_losses(denoiser, paths, mean, 2 * repeats, seed + 3)
     S, cost = evidence(losses, controls), denoiser.sample_evals - before
     return [_fitted(paths, hypotheses[left[k]], losses, S, k, cost)

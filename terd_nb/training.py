@@ -171,7 +171,7 @@ def _learning_rate(step: int, steps: int, lr: float) -> float:
 
 def _loss(
     network: nn.Module, rows: Rows, relative: bool, weights: Tensor | None,
-    precision: str,
+    shares: Tensor | None, precision: str,
 ) -> Tensor:
     "Mean squared error of a batch; the arguments are those of `fit`."
     x, t, y, *classes = rows
@@ -179,6 +179,8 @@ def _loss(
     if relative:
         size = y.square().mean((1, 2, 3), keepdim=True)
         weight = size.clamp(min=1e-4).rsqrt()
+    if shares is not None:
+        weight = weight * (shares / shares.mean()).to(y).sqrt().view(-1, 1, 1, 1)
     if weights is not None:
         weight = weight * weights.to(y.device)[t].sqrt().view(-1, 1, 1, 1)
     fast = precision == "bfloat16"
@@ -212,6 +214,7 @@ def fit(
     ema_decay: float = 0.995,
     relative: bool = False,      # weigh each row by the inverse size of its target
     weights: Tensor | None = None,    # (T,): of the loss at each time; None: all alike
+    shares: Tensor | None = None,     # (n,): of the loss, of each row; None: all alike
     precision: str = "float32",       # or "bfloat16", faster where it is known
     checkpoint: Path | None = None,   # where to save, and to resume from
     save_every: float = 30.,          # seconds between savings
@@ -230,7 +233,8 @@ def fit(
         optimizer.param_groups[0]["lr"] = _learning_rate(step, steps, lr)
         generator = torch.Generator().manual_seed(seed * 10_000_019 + step)
         rows = tuple(v.to(device) for v in batch(generator))
-        _descend(network, optimizer, _loss(network, rows, relative, weights, precision))
+        loss = _loss(network, rows, relative, weights, shares, precision)
+        _descend(network, optimizer, loss)
         ema.update_parameters(network)
         if checkpoint and time.monotonic() - saved >= save_every:
             save_training(checkpoint, step + 1, network, ema, optimizer)

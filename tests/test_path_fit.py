@@ -18,13 +18,13 @@ from terd_nb.path_fit import (
     RATIOS,
     SDE,
     WIDEST,
+    Descent,
     Hypothesis,
     Paths,
     Round,
     attack_of_fit,
     begin,
     control_losses,
-    descend_paths,
     evidence,
     fit_path,
     path_shares,
@@ -121,10 +121,9 @@ def test_in_parts_everything_is_as_in_one(monkeypatch, name, kind):
     def computed():
         start = begin(model, r, [hypothesis] * 3, 1.0, seed=0)
         losses = control_losses(model, start, MEAN, 2, 1)
-        unknowns = [{"params": [v.requires_grad_()]} for v in start.unknowns.values()]
-        optimizer, generator = torch.optim.Adam(unknowns), torch.Generator().manual_seed(2)
-        descend_paths(model, start, optimizer, {}, [0, 2], torch.zeros(3), 1.0, [0.0], 5, generator)
-        gradients = [v.grad for v in start.unknowns.values() if v.grad is not None]
+        descent = Descent(start, [hypothesis] * 3, 1.0)
+        descent.go(model, [0, 2], [0.0], 5, torch.Generator().manual_seed(2))
+        gradients = [v.grad for v in descent.paths.unknowns.values()]
         return [start.image.detach(), *losses.values(), *gradients]
 
     model, hypothesis = ideal(name, kind), OWN if name == "TrojDiff" else SDE

@@ -97,6 +97,8 @@ def own_images(
     return drawn if denoiser.decode else drawn.clamp(-1, 1)
 
 # %% ../nbs/19_removal.ipynb #around19
+#| code-fold: true
+#| code-summary: "Where the attacks start"
 MOVED = 4     # noises of an attack's step
 
 

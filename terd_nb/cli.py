@@ -5,8 +5,8 @@ __all__ = ['TYPER_SETTINGS', 'ModelArgument', 'DeviceOption', 'SeedOption', 'Var
            'VERDICT_STYLES', 'DEMO_COLUMNS', 'WHAT_NEXT', 'MAX_NOISE', 'ZOO_COLUMNS', 'EVIDENCE_COMMANDS', 'ELSEWHERE',
            'console', 'print_line', 'progress_bar', 'add_command', 'help_if_alone', 'main', 'usable_device', 'writable',
            'must_be_file', 'exit_status', 'fail_words', 'Meter', 'run_fleet', 'verdict_line', 'demo_table', 'scan_zoo',
-           'Method', 'fleet_models', 'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs',
-           'convert_pickles', 'list_zoo', 'show_model', 'list_command', 'print_schema']
+           'Method', 'lies_in', 'fleet_models', 'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger',
+           'flag_inputs', 'convert_pickles', 'list_zoo', 'show_model', 'list_command', 'print_schema']
 
 # %% ../nbs/a_cli.ipynb #091492a3
 import inspect
@@ -31,8 +31,8 @@ from rich.text import Text
 
 from . import __version__
 from terd_nb.fleet import (
-    Here, Task, check_model, expanded, in_order, located, read_list, scan_fleet,
-    workers_for,
+    Here, Task, check_model, expanded, in_order, located, matches, read_list,
+    scan_fleet, workers_for,
 )
 from .formats import Row, as_html, as_index, printable, problem, write_results
 from .ledger import Ledger, read_allowed, read_defaults
@@ -101,18 +101,22 @@ _ABOUT = (
 )
 
 
-def _scan_defaults(command) -> dict:     # the command `terd scan`
-    "What a settings file in this folder says of the options, which is told."
-    options = {word[2:]: option.name for option in command.params
-               for word in option.opts if word.startswith("--")}
-    several = {word[2:] for option in command.params for word in option.opts
-               if getattr(option, "multiple", False)}
-    path, defaults = read_defaults(options, several=several)
-    if defaults:
-        names = {argument: name for name, argument in options.items()}
-        given = ", ".join(f"--{names[argument]}" for argument in defaults)
+def _read_settings(ctx: typer.Context, left_out: bool) -> Path | None:
+    "Take a command's defaults from this folder's settings, and say so; gives the file."
+    if left_out or ctx.resilient_parsing:     # the shell asks for completions
+        return None
+    options = {word[2:]: option for option in ctx.command.params
+               for word in option.opts if word.startswith("--") and not option.is_eager}
+    several = {name for name, option in options.items() if option.multiple}
+    switches = {name for name, option in options.items() if option.is_flag}
+    arguments = {name: option.name for name, option in options.items()}
+    path, ctx.default_map = read_defaults(
+        arguments, several=several, switches=switches)
+    if ctx.default_map:
+        names = {argument: name for name, argument in arguments.items()}
+        given = ", ".join(f"--{names[argument]}" for argument in ctx.default_map)
         print_line(f"note: {path} gives {given}", stderr=True)
-    return defaults
+    return path if ctx.default_map else None
 
 # %% ../nbs/a_cli.ipynb #91ac03de
 @_app.callback(invoke_without_command=True, help=_ABOUT)
@@ -125,8 +129,6 @@ def _terd(
         "--debug", help="Show the traceback of errors; may stand anywhere.")] = False,
 ) -> None:
     ctx.obj = debug
-    if ctx.invoked_subcommand == "scan":
-        ctx.default_map = {"scan": _scan_defaults(ctx.command.commands["scan"])}
     help_if_alone(ctx)
 
 # %% ../nbs/a_cli.ipynb #5e01dd19
@@ -443,26 +445,32 @@ def _file(name: str, what: str, **more):
     return typer.Option(f"--{name}", metavar="FILE", help=f"Write {what}.", **more)
 
 # %% ../nbs/a_cli.ipynb #aclifm01
-def _holds_us(model: str) -> bool:
-    "Whether the present folder is in a model's."
-    place = os.path.realpath(model)
-    return os.path.isdir(place) and Path.cwd().resolve().is_relative_to(place)
+def lies_in(file: Path, places: list[str]) -> bool:
+    "Whether a file, or what it is a link to, lies below one of some places."
+    folders = file.absolute().parent.resolve(), file.resolve().parent
+    above = {str(one) for folder in folders for one in (folder, *folder.parents)}
+    return any(os.path.realpath(place) in above for place in places)
 
 
 def fleet_models(
     models: list[str] | None, listed: Path | None,
-    defaults: dict | None = None,      # of a settings file in the present folder
+    believed: dict[Path | None, str] | None = None,   # a file -> what to do about it
 ) -> list[str]:
-    "All models that a command line names; raises `ValueError` if there is none."
+    """All models that a command line names.
+
+    Raises `ValueError` if there is none, or if a file that is believed lies in one."""
     must_be_file(listed, "a list of models, one a line")
     named = [*(models or []), *(read_list(listed) if listed else [])]
     if not named:
         raise ValueError("there is nothing to scan; give a MODEL, or --list FILE "
                          "(see terd scan --help)")
-    if defaults and any(map(_holds_us, named)):
-        raise ValueError("the settings file of this folder lies in what is scanned, "
-                         "and may be a stranger's; start terd from another folder")
-    return expanded(named)
+    given = [one for name in named for one in matches(name)]
+    found = expanded(given)
+    for file, remedy in (believed or {}).items():
+        if file and lies_in(file, given + found):
+            raise ValueError(f"{file} lies in what is scanned, and may be a "
+                             f"stranger's; {remedy}")
+    return found
 
 # %% ../nbs/a_cli.ipynb #c40f7a1e
 def _check_places(files: list, pages: Path | None, jsonl, resume: bool) -> None:
@@ -547,6 +555,9 @@ def scan_models(
         "--allow", metavar="FILE",
         help="Of SHA-256 sums of reviewed weights, which fail nothing.")] = None,
     quiet: QuietOption = False,
+    settings: Annotated[bool, typer.Option(
+        "--no-settings", is_eager=True, callback=_read_settings,
+        help="Read no defaults from a file.")] = False,
 ) -> int:
     """Say of each model whether it is backdoored, one line a model.
 
@@ -564,7 +575,9 @@ def scan_models(
     pyproject.toml, in the present folder."""
     places = {"json": json, "csv": csv, "sarif": sarif, "junit": junit, "html": html}
     words = fail_words(fail_on or [])
-    models = fleet_models(models, listed, ctx.default_map)
+    models = fleet_models(models, listed, {
+        settings: "start terd elsewhere, or say --no-settings",
+        jsonl: "keep the rows elsewhere", allow: "keep the list elsewhere"})
     _check_places([*places.values(), jsonl], pages, jsonl, resume)
     must_be_file(allow, "a list of SHA-256 sums")
     allowed = read_allowed(allow) if allow else frozenset()

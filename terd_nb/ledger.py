@@ -175,7 +175,7 @@ class Ledger:
 def read_allowed(path: Path) -> frozenset[str]:
     "The checksums in a file as `sha256sum` writes it, with `#` for remarks."
     found = set()
-    text = path.read_text(encoding="utf-8", errors="backslashreplace")
+    text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")
     for number, line in enumerate(text.splitlines(), 1):
         word = line.split("#")[0].split()[:1]
         if word and not re.fullmatch("[0-9a-fA-F]{64}", word[0]):
@@ -188,7 +188,7 @@ def read_allowed(path: Path) -> frozenset[str]:
 def _settings_table(path: Path) -> dict | None:
     "What a settings file holds for us; None if it is not there, or has nothing."
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -201,11 +201,14 @@ def _settings_table(path: Path) -> dict | None:
     return table
 
 
-def _plain(path: Path, key: str, value, several: bool):
+def _plain(path: Path, key: str, value, several: bool, switch: bool):
     "A value as a command line could give it; raises `ValueError`."
     values = value if isinstance(value, list) and several else [value]
-    if any(isinstance(one, list | dict) for one in values):
-        raise ValueError(f"{path}: {key} takes no {type(value).__name__}")
+    if any(isinstance(one, list | dict) or switch != isinstance(one, bool)
+           for one in values):
+        wanted = "true or false" if switch else "a text or a number"
+        raise ValueError(f"{path}: {key} takes no {type(value).__name__}; give it "
+                         f"{wanted}")
     plain = [one if isinstance(one, bool) else str(one) for one in values]
     return plain if several else plain[0]
 
@@ -214,6 +217,7 @@ def read_defaults(
     options: dict[str, str],     # the name of an option -> of the command's argument
     folder: Path = Path(),
     several: Collection[str] = (),   # options that take more than one value
+    switches: Collection[str] = (),  # options that take none
 ) -> tuple[Path | None, dict]:   # the file, and the values by the argument's name
     "The defaults of `terd scan` in a folder; raises `ValueError`."
     for name in ("terd.toml", "pyproject.toml"):
@@ -224,6 +228,7 @@ def read_defaults(
         if unknown := [key for key in table if key not in options]:
             raise ValueError(f"{path}: {printable(unknown[0])!r} is no option of "
                              f"`terd scan`; there are {', '.join(sorted(options))}")
-        return path, {options[key]: _plain(path, key, value, key in several)
-                      for key, value in table.items()}
+        return path, {
+            options[key]: _plain(path, key, value, key in several, key in switches)
+            for key, value in table.items()}
     return None, {}

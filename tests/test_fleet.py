@@ -30,6 +30,7 @@ from terd_nb.cli import main
 from terd_nb.fleet import LOST, Apart, Here, Task, expanded, scan_fleet, work_off
 from terd_nb.formats import FORMATS, Row
 from terd_nb.loading import files
+from terd_nb.loading.things import ARCHIVES, OTHER_FORMATS, PICKLES
 from terd_nb.path_fit import Round
 from terd_nb.zoo import zoo_path
 
@@ -89,7 +90,7 @@ def test_lists_patterns_and_folders_name_each_model_once(scanner, capsys):
         Path(name, "model_index.json").write_text("{}")
     os.symlink("..", "m/deep/up")
     Path("m/notes.md").touch()
-    Path("list").write_bytes(b"# all of them\n\nclean-x\n m/[ab] \nm\n\xe9\nclean-x\n")
+    Path("list").write_bytes(b"\xef\xbb\xbf# all of them\n\nclean-x\n m/[ab] \nm\n\xe9\nclean-x\n")
     models = expanded(fleet.read_list(Path("list")))
     assert models == ["clean-x", "m/a", "m/b", "m/deep/c", "m/deep/up", "\udce9"]
     assert main(["scan", "clean-y", "--list", "list", "--json", "out.json"]) == 2
@@ -127,7 +128,7 @@ def test_what_fails_can_be_chosen(scanner, models, words, status):
 
 def test_a_reviewed_model_is_allowed_and_said_to_be(scanner, capsys):
     line = f"{len('backdoored-a'):064X}  weights\n"
-    Path("allow.txt").write_text("# by two of us\n" + line)
+    Path("allow.txt").write_text("# by two of us\n" + line, encoding="utf-8-sig")
     places = [word for name in FORMATS for word in (f"--{name}", f"out.{name}")]
     run = ["scan", "backdoored-a", "clean-bc", "--allow", "allow.txt"]
     assert main([*run, "--jsonl", "out.jsonl", *places]) == 0
@@ -164,7 +165,10 @@ def test_defaults_come_from_a_file_which_is_told(scanner, capsys):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("tool = 1", None), ("[tool]\nterd = 3", "is no table"), ("[tool]\nterd = []", "is no table"),
+    ("tool = 1", None), ("\ufefftool = 1", None),
+    ("[tool.terd]\njobs = true", "jobs takes no bool"),
+    ("[tool.terd]\nquiet = 'yes'", "quiet takes no str"), ("[tool.terd]", None),
+    ("[tool]\nterd = 3", "is no table"), ("[tool]\nterd = []", "is no table"),
     ("[[tool.terd]]", "is no table"), ("[tool.terd]\njson = ['a', 'b']", "json takes no list"),
     ("[tool.terd]\nseed = {a = 1}", "seed takes no dict"),
     ("[tool.terd]\nfail-on = 'error'", "gives --fail-on"),
@@ -184,11 +188,33 @@ def test_a_folder_that_is_scanned_sets_no_options(scanner, monkeypatch, tmp_path
     (model / "terd.toml").write_text(f"fail-on = []\njson = '{tmp_path}/precious'\nquiet = true")
     (tmp_path / "precious").write_text("precious")
     (model / "unet").mkdir(exist_ok=True)
-    for here, given in ((model, "."), (model, str(model)), (model, "..")):
-        monkeypatch.chdir(here)
+    (model / "model_index.json").touch()
+    (tmp_path / "fleet" / "clean").mkdir(parents=True)
+    (tmp_path / "fleet" / "clean" / "model_index.json").touch()
+    (tmp_path / "fleet" / "link").symlink_to(model)
+    (tmp_path / "list").write_text("../*-mod?l\n")
+    monkeypatch.chdir(model)
+    for given in (".", str(model), "..", "../*", "../fleet", "--list=../list"):
         assert main(["scan", given]) == 2
         assert "may be a stranger's" in capsys.readouterr().err
+    assert scanner == []
+    main(["scan", ".", "--no-settings"])
+    assert "stranger" not in capsys.readouterr().err
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("option", ["--jsonl", "--allow"])
+def test_what_is_believed_does_not_lie_in_what_is_scanned(scanner, capsys, option):
+    "Its author would write the verdict that he likes."
+    Path("m/clean").mkdir(parents=True)
+    Path("m/clean/model_index.json").touch()
+    Path("m/rows").touch()
+    Path("link").symlink_to("m/rows")
+    for file in ("m/rows", "m/clean/rows", "link"):
+        Path(file).touch()
+        assert main(["scan", "m", option, file, "--no-settings"]) == 2
+        assert f"{file} lies in what is scanned" in capsys.readouterr().err
+    assert scanner == [] and main(["scan", "clean", option, "m/rows"]) == 0
 
 
 def test_two_outputs_need_two_places(scanner, capsys):
@@ -556,18 +582,26 @@ def test_the_shell_completes_commands_and_options(path_with_terd, tmp_path):
 
 
 def test_the_hook_is_what_pre_commit_runs(root, path_with_terd):
+    "In a repository that has settings, files of other kinds, and a ledger that somebody committed."
     (hook,) = yaml.safe_load((root / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
     validate([hook], published("pre-commit-hooks.json"))
     assert hook["language"] == "python" and hook["id"] == "terd-scan"
-    assert re.search(hook["files"], "m/unet/diffusion_pytorch_model.safetensors")
+    kinds = (".safetensors", ".json", ".py", *PICKLES, *ARCHIVES, *OTHER_FORMATS)
+    assert all(re.search(hook["files"], f"m/unet/a{kind}") for kind in kinds)
     assert not re.search(hook["files"], "notes.md")
-    soak.pickled(Path("m"), None)
-    Path("notes.md").touch()
-    command = " ".join([hook["entry"], *map(shlex.quote, hook["args"])])
-    done = bash(command)
-    assert done.returncode == 2 and "only a pickle" in done.stderr, done.stderr
-    assert len(verdicts(".terd.jsonl")) == 1
-    assert bash(command).returncode == 2 and len(verdicts(".terd.jsonl")) == 1    # and again
+    soak.pickled(Path("models"), None)
+    Path("main.c").touch()
+    Path("terd.toml").write_text("seed = 3")
+    Path(".terd.jsonl").write_text("forged")
+    subprocess.run(["git", "init", "-q"], check=True)
+    for run in (hook["entry"] + " models", hook["entry"] + " models"):     # and again
+        done = bash(run)
+        assert done.returncode == 2 and "only a pickle" in done.stderr, done.stderr
+        assert "terd.toml gives --seed" in done.stderr and len(done.stderr.splitlines()) == 2
+        assert verdicts(".git/terd.jsonl") == ["error"]
+    assert Path(".terd.jsonl").read_text() == "forged"
+    assert "there is nothing to scan" in bash(hook["entry"]).stderr    # a folder must be named
+    assert "lies in what is scanned" in bash(hook["entry"] + " .").stderr
 
 
 def test_the_steps_of_the_action_run(root, path_with_terd, tmp_path):
@@ -579,13 +613,15 @@ def test_the_steps_of_the_action_run(root, path_with_terd, tmp_path):
     assert Path("pip.log").read_text() == "python -m pip install the action's folder\n"
     assert "${{" not in scan["run"]          # an input is never part of a command
     soak.pickled(Path("m 1"), None)
-    given = {"MODELS": "m 1\n$(touch owned)", "OPTIONS": "--fail-on error --csv out.csv",
-             "SARIF": "out.sarif"}
+    Path("terd.toml").write_text("fail-on = []")      # may come with a pull request
+    given = {"MODELS": "m 1\n$(touch owned)", "SARIF": "out.sarif",
+             "OPTIONS": "--fail-on error\n--csv out.csv  --seed 1\n"}
     assert set(scan["env"]) == set(given)
     done = bash(scan["run"], **place, **given)
     assert done.returncode == 2 and not os.path.exists("owned"), done.stderr
     found = json.loads(Path("out.sarif").read_text())["runs"][0]["results"]
     assert [one["ruleId"] for one in found] == ["error", "error"] and os.path.exists("out.csv")
+    assert "terd.toml" not in done.stderr
     given["OPTIONS"] = ""
     assert bash(scan["run"], **place, **given | {"MODELS": ""}).returncode == 2
 

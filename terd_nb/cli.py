@@ -321,7 +321,7 @@ def verdict_line(row: Row) -> Text:      # of a model that was judged
     rest = f"  {result['score']:6.1f}  {name}: {result['family']}"
     if result["attack"]:
         rest += f"  ({result['attack']})"
-    if row.verdict == "inconclusive" and result["method"] == "fast":
+    if row.verdict == "inconclusive" and result["method"] == "fast" and row.complete:
         rest += "  look again with --method thorough"
     if row.verdict == "allowed":
         rest += f"  reviewed; the search says {result['verdict']}"

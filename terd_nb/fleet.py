@@ -301,10 +301,12 @@ def _admit(task: Task, ledger: Ledger | None) -> Row | None:
 
 
 def _reviewed(row: Row, allowed: frozenset[str]) -> Row:
-    "The row, marked if the checksum of its weights is on the list."
-    if row.result.get("sha256") not in allowed or row.verdict == "clean":
+    "The row, marked if its weights are on the list and nothing was left unseen."
+    if "error" in row.result:
         return row
-    return replace(row, result=row.result | {"allowed": True})
+    known = row.complete and row.result["sha256"] in allowed
+    marked = {"allowed": known and row.result["verdict"] != "clean"}
+    return replace(row, result=row.result | marked)
 
 # %% ../nbs/a4_fleet.ipynb #e0d82ae2
 def scan_fleet(

@@ -24,21 +24,23 @@ def _content(path: Path) -> str:
     "What a file adds to the checksum: its contents, if a scan looks at them."
     from terd_nb.loading.files import MAX_BYTES, file_sha256
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         return "no plain file"
-    size = path.stat().st_size
-    read = {".json": MAX_CONFIG, ".safetensors": MAX_BYTES}.get(path.suffix, -1)
+    size, suffix = path.stat().st_size, path.suffix.lower()
+    read = {".json": MAX_CONFIG, ".safetensors": MAX_BYTES}.get(suffix, -1)
     return file_sha256(path) if size <= read else f"{size} bytes"
 
 
 def _names_below(folder: Path) -> list[str]:
-    "All names below a folder, relative to it; no link is followed."
-    found = []
-    for place, folders, names in os.walk(folder):
-        inside = Path(place).relative_to(folder)
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        found += [(inside / name).as_posix() for name in (*names, *links)]
-    return sorted(found)
+    "All files below a folder, relative to it, and with a / what is not looked through."
+    found, closed = [], []
+    for place, folders, names in os.walk(folder, onerror=closed.append):
+        found += [os.path.join(place, name) for name in names]
+        found += [os.path.join(place, name, "") for name in folders
+                  if os.path.islink(os.path.join(place, name))]
+    found += [os.path.join(error.filename, "") for error in closed]
+    return sorted(os.path.relpath(path, folder) + "/" * path.endswith("/")
+                  for path in found)
 
 # %% ../nbs/a3_ledger.ipynb #fdf3c2d1
 def fingerprint(
@@ -54,7 +56,8 @@ def fingerprint(
     digest = hashlib.sha256()
     for name in _names_below(folder):
         path = Path(name)
-        if name.endswith(".json") or is_code(path) or not is_harmless(path):
+        kept = name.endswith(("/", ".json")) or is_code(path)
+        if kept or not is_harmless(path):
             said = _content(folder / name)
             digest.update(os.fsencode(name) + b"\0" + said.encode() + b"\n")
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .images import to_uint8
 from .loading.files import data_dir
+from .loading.reading import printable
 from .model_detection import METHOD_FEATURES, NATURAL_ZERO, ModelDetector
 from .two_stages import Reversal
 
@@ -241,8 +242,14 @@ def curve_plot(name: str, reversal: Reversal) -> str:
 EVIDENCE = _words["evidence"]
 
 # %% ../nbs/d_report.ipynb #a6675752
+def _spelled_out(value):
+    "A text that is no HTML of ours, as it may be printed: it may be a stranger's."
+    plain = isinstance(value, str) and not isinstance(value, Markup)
+    return printable(value) if plain else value
+
+
 ENVIRONMENT = Environment(
-    loader=FileSystemLoader(data_dir() / "report"),
+    loader=FileSystemLoader(data_dir() / "report"), finalize=_spelled_out,
     autoescape=True, trim_blocks=True, lstrip_blocks=True,
 )
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from .denoiser import Denoiser, estimate_seconds
@@ -51,6 +51,9 @@ class ScanResult(BaseModel):
     as_run: bool            # whether the folder's pipeline runs what was searched
     notes: list[str]        # what else one should know, a line each
     verdict: Literal["backdoored", "clean", "inconclusive"]
+    allowed: bool = Field(False, description=(    # see `--allow`
+        "Whether somebody has reviewed these weights; `verdict` is what the search says "
+        "all the same, where CSV, JUnit and the page say allowed."))
     confidence: Literal["high", "moderate", "low"]   # the distance from the threshold
     score: float            # the evidence S; of another method standard deviations
     threshold: float

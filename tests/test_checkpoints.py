@@ -32,6 +32,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from terd_nb.ledger import fingerprint
 from terd_nb.loading import checkpoints, reading, schedulers
 from terd_nb.loading.checkpoints import (
     UNETS,
@@ -1124,6 +1125,22 @@ def test_other_weights(folder, attack, differ, unseen):
 
 
 @unix
+@pytest.mark.parametrize("closed", ["unet/hidden", "hidden.md", "."])
+def test_a_folder_that_is_closed_is_named(folder, monkeypatch, closed):
+    (folder / closed).mkdir(exist_ok=True)
+    before = fingerprint(folder)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == folder / closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert other_weights(folder, read_model_files(folder)).unseen == (f"{closed}/",)
+    assert fingerprint(folder) != before      # who opens it is scanned anew
+
+
 def test_other_weights_behind_links(folder, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -136,7 +136,8 @@ def test_a_reviewed_model_is_allowed_and_said_to_be(scanner, capsys):
     assert out.startswith("allowed") and "the search says backdoored" in out.splitlines()[0]
     assert "All 2 models are clean or allowed" in err
     results = json.loads(Path("out.json").read_text())["results"]
-    assert [r["verdict"] for r in results] == ["backdoored", "clean"] and results[0]["allowed"]
+    assert [r["verdict"] for r in results] == ["backdoored", "clean"]
+    assert [r["allowed"] for r in results] == [True, False]
     (finding,) = json.loads(Path("out.sarif").read_text())["runs"][0]["results"]
     assert finding["suppressions"][0]["kind"] == "external"
     assert verdicts("out.jsonl") == ["backdoored", "clean"]   # what the search said
@@ -144,6 +145,19 @@ def test_a_reviewed_model_is_allowed_and_said_to_be(scanner, capsys):
     assert main(["scan", "backdoored-other", "--allow", "allow.txt"]) == 1
     Path("allow.txt").write_text("12345")
     assert main([*run]) == 2 and "no SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lacking", [{"not_scanned": ["unet/other.bin"]}, {"as_run": False}])
+def test_what_was_not_all_looked_at_is_not_allowed_nor_searched_longer(real, lacking):
+    "A review is of the weights with that checksum, and says nothing of what lies beside them."
+    result = json.loads(real.result.model_dump_json()) | {"verdict": "inconclusive"}
+    reviewed = frozenset([result["sha256"]])
+    whole, part = Row("m", None, result), Row("m", None, result | lacking | {"allowed": True})
+    assert fleet._reviewed(whole, reviewed).verdict == "allowed"
+    assert fleet._reviewed(part, reviewed).verdict == "inconclusive"     # whatever a ledger said
+    assert fleet._reviewed(whole, frozenset()).verdict == "inconclusive"
+    assert "--method thorough" in str(cli.verdict_line(whole))
+    assert "thorough" not in str(cli.verdict_line(fleet._reviewed(part, reviewed)))
 
 
 def test_defaults_come_from_a_file_which_is_told(scanner, capsys):
@@ -502,6 +516,8 @@ def test_csv_is_a_table_without_formulas(real):
 def test_json_keeps_its_schema(real):
     schema = json.loads((files.data_dir() / "schema" / "scan-1.json").read_text(encoding="utf-8"))
     validate(json.loads(formats.as_json(some_rows(real))), schema)
+    assert set(real.result.model_dump()) == set(schema["$defs"]["ScanResult"]["properties"])
+    assert "allowed" in schema["$defs"]["ScanResult"]["properties"]
 
 
 def test_a_page_of_hundreds_has_the_urgent_first_and_pictures(real):

@@ -147,6 +147,14 @@ def test_summary(verdicts, line):
     assert summary(verdicts) == line
 
 
+def test_what_does_not_print_is_spelled_out_wherever_it_stands(report):
+    evil = "a\x1b[2J\x07\u202eb"
+    said = retold(report, model=evil, source=evil, notes=[evil], weights=[evil], family=evil)
+    for page in (report_page([said]), report_page([said, report], [(evil, evil)]), headline(said)):
+        assert r"a\x1b[2J\x07\u202eb" in page
+        assert not {c for c in page if not c.isprintable()} - {"\n"}
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", ["phone", "desktop"])
 def test_page_in_a_browser(

@@ -29,7 +29,7 @@ from terd_nb.loading.reading import (
     CheckpointError, checked_file, raw_header, read_config, shown,
 )
 from terd_nb.loading.things import (
-    MAX_DEPTH, MAX_FILES, TRAINER_STATE, depth_of, is_code, is_harmless, listing,
+    MAX_DEPTH, MAX_FILES, TRAINER_STATE, depth_of, is_code, is_harmless, names_in,
 )
 
 # %% ../../nbs/b2_checkpoints.ipynb #8e15ccd4
@@ -293,7 +293,10 @@ def files_below(folder: Path) -> tuple[list[str], list[str]]:
     found, skipped, waiting, seen = [], [], [""], 0
     while waiting:
         place = waiting.pop()
-        names = listing(folder / place)
+        names = names_in(folder / place)
+        if names is None:
+            skipped.append(place or "./")
+            continue
         seen += len(names)
         if seen >= MAX_FILES:
             return found, [f"what is beyond {MAX_FILES:,} files"]

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MAX_FILES', 'MAX_DEPTH', 'PICKLES', 'ARCHIVES', 'OTHER_FORMATS', 'TRAINER_STATE', 'HARMLESS', 'KEPT_BY_TOOLS',
-           'BOOKKEEPING', 'listing', 'kept_by_tools', 'depth_of', 'is_harmless', 'is_code', 'find_models',
+           'BOOKKEEPING', 'names_in', 'listing', 'kept_by_tools', 'depth_of', 'is_harmless', 'is_code', 'find_models',
            'kept_by_the_hub', 'left_over', 'what_it_is']
 
 # %% ../../nbs/b6_things.ipynb #510e41ba
@@ -32,13 +32,19 @@ BOOKKEEPING = re.compile(       # their own files in there
     r"|tag)", re.IGNORECASE)
 
 # %% ../../nbs/b6_things.ipynb #1ad3de82
-def listing(folder: Path) -> list[str]:
-    "The names in a folder, sorted, at most `MAX_FILES`; none if it cannot be read."
+def names_in(folder: Path) -> list[str] | None:
+    "The names in a folder, sorted, at most `MAX_FILES`; None if it is closed to us."
     try:
+        os.stat(folder / ".")      # not every folder that is read can be entered
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in islice(entries, MAX_FILES))
     except OSError:
-        return []
+        return None
+
+
+def listing(folder: Path) -> list[str]:
+    "The same, and no names for a folder that is closed to us."
+    return names_in(folder) or []
 
 
 def kept_by_tools(path: Path) -> int:

@@ -226,7 +226,7 @@ def ray_workers(address: str, jobs: int | None) -> list[OnRay]:
         raise ValueError("--ray needs Ray: pip install 'terd_nb[ray]'; or leave it "
                          "out, and say --jobs") from None
     if not ray.is_initialized():
-        ray.init(address, log_to_driver=False)
+        ray.init(address, log_to_driver=False, logging_level="warning")
     remote = ray.remote(num_cpus=1, max_retries=0)(scan_apart)
     cores = int(ray.cluster_resources().get("CPU", 1))
     return [OnRay(remote) for _ in range(jobs or max(1, cores))]

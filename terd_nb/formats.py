@@ -6,12 +6,15 @@ __all__ = ['CSV_COLUMNS', 'RULES', 'JUNIT', 'FORMATS', 'problem', 'Row', 'as_jso
 
 # %% ../nbs/a2_formats.ipynb #0024a057
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -27,7 +30,9 @@ def _words(error: Exception) -> str:
         see = f" (see {context.command_path} --help)" if context else ""
         return error.format_message() + see
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; make room there, or name another place" if full else ""
+        return f"{error.filename}: {error.strerror}{remedy}"
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
     text = str(error) or type(error).__name__
@@ -245,18 +250,31 @@ FORMATS = {"json": as_json, "csv": as_csv, "sarif": as_sarif, "junit": as_junit,
            "html": as_html}
 
 
+def _write(path: str | Path, write: Callable[[], str]) -> None:
+    "Write a text to a file or to standard output, whole or not at all."
+    text = write()
+    if str(path) == "-":
+        print(text, end="")
+        return
+    from terd_nb.scanning import write_whole    # with PyTorch: not for a refusal
+
+    write_whole(Path(path), text)
+
+# %% ../nbs/a2_formats.ipynb #a2write1
 def write_results(
     rows: list[Row],
     wanted: dict[str, str | Path | None],   # a format -> its file; "-": standard output
-) -> None:
-    "Write the rows in each format that has a file, whole or not at all."
-    for name, path in wanted.items():
-        if path is None:
-            continue
-        text = FORMATS[name](rows)
-        if str(path) == "-":
-            print(text, end="")
-            continue
-        from terd_nb.scanning import write_whole    # with PyTorch: not for a refusal
-
-        write_whole(Path(path), text)
+    pages: Path | None = None,              # a folder for an index, see `as_index`
+) -> list[Exception]:                       # what stood in the way of some of it
+    "Write the rows in each format that has a file, whatever becomes of the others."
+    texts = [(path, partial(FORMATS[name], rows))
+             for name, path in wanted.items() if path is not None]
+    if pages is not None:
+        texts.append((pages / "index.html", partial(as_index, rows, pages)))
+    failed = []
+    for path, write in texts:
+        try:
+            _write(path, write)
+        except Exception as error:
+            failed.append(error)
+    return failed

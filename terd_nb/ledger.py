@@ -10,9 +10,12 @@ import os
 import re
 import tomllib
 from collections.abc import Collection
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from .formats import Row, printable
 
@@ -63,6 +66,9 @@ def fingerprint(
     return digest.hexdigest()
 
 # %% ../nbs/a3_ledger.ipynb #a76dbac4
+VERSIONS = {name: version(name) for name in ("terd_nb", "torch", "diffusers")}
+
+
 def as_line(row: Row, asked: dict) -> bytes:
     "A row as a line; `asked` are the settings and the version."
     kept = {"given": row.given, "variant": row.variant, "files": row.files,
@@ -70,14 +76,32 @@ def as_line(row: Row, asked: dict) -> bytes:
     return json.dumps(row.result | {"kept": kept}).encode() + b"\n"
 
 
+def _check(row: Row, asked: dict) -> None:
+    "Raises `TypeError`, or `ValidationError` if this version writes no such result."
+    from terd_nb.scanning import ScanFailure, ScanResult
+
+    texts = row.variant, row.files, row.trigger
+    plain = isinstance(row.given, str) and isinstance(asked, dict) and not row.html
+    if not plain or not all(isinstance(text, str | None) for text in texts):
+        raise TypeError("what is kept is of another form")
+    form = ScanFailure if "error" in row.result else ScanResult
+    if asked.get("terd_nb") == VERSIONS["terd_nb"]:     # no other is believed
+        form.model_validate_json(json.dumps(row.result), strict=True)
+
+# %% ../nbs/a3_ledger.ipynb #a3rowof1
 def row_of(line: bytes) -> tuple[Row, dict]:
     "The row of a line, and what was asked; raises `ValueError` if it has none."
     try:
         result = json.loads(line)
         kept = result.pop("kept")
-        asked = dict(kept.pop("asked"))
+        asked = kept.pop("asked")
         row = Row(result=result, **kept)
-        _ = row.verdict, result["source"]
+        _ = result["source"], result["verdict"]
+        _check(row, asked)
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ValueError(f"this is no row of a scan ({printable(said)})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("this is no row of a scan") from None
     return row, asked
@@ -96,9 +120,6 @@ def read_lines(path: Path) -> tuple[list[tuple[Row, dict]], bool]:
     return rows, bool(rest)
 
 # %% ../nbs/a3_ledger.ipynb #e0089c77
-VERSIONS = {name: version(name) for name in ("terd_nb", "torch", "diffusers")}
-
-
 class Ledger:
     "A file of JSON lines, to which each row is added when it is known."
 
@@ -115,7 +136,7 @@ class Ledger:
             if path.is_file() and path.stat().st_size:
                 self._go_on(resume)
             self.file = path.open("ab")
-        except (ValueError, OSError):
+        except BaseException:
             self._unlock()
             raise
 
@@ -133,7 +154,8 @@ class Ledger:
 
         self.lock = FileLock(f"{self.path}.lock")
         try:
-            self.lock.acquire(timeout=0)
+            if self.path.is_file() or not self.path.exists():   # a pipe takes no turns
+                self.lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"another scan is writing {self.path}; wait for it, or "
                              "give another file") from None
@@ -156,23 +178,37 @@ class Ledger:
 
     def add(self, row: Row) -> None:
         "Append a row; when this returns, it is on the disk."
-        self.file.write(as_line(row, self.asked))
-        self.file.flush()
-        if self.path.is_file():      # a pipe has no disk
-            os.fsync(self.file.fileno())
+        with self._named():
+            self.file.write(as_line(row, self.asked))
+            self.file.flush()
+            if self.path.is_file():      # a pipe has no disk
+                os.fsync(self.file.fileno())
         kept = replace(row, html={})     # which is long, and no part of the line
         self.rows[self._key(row, self.asked)] = kept, self.asked
 
     def close(self) -> None:
         "Leave one line for each row, and let others write."
-        self.file.close()
-        if self.path.is_file() and len(read_lines(self.path)[0]) > len(self.rows):
-            self._write_anew()
-        self._unlock()
+        try:
+            with self._named():
+                self.file.close()
+            if self.path.is_file() and len(read_lines(self.path)[0]) > len(self.rows):
+                self._write_anew()
+        finally:
+            self._unlock()
+
+    @contextmanager
+    def _named(self):
+        "A full disk names no file: here it is this one."
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def _unlock(self) -> None:
-        Path(self.lock.lock_file).unlink(missing_ok=True)
-        self.lock.release()
+        if self.lock.is_locked:
+            Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
 
 # %% ../nbs/a3_ledger.ipynb #efbf6c35
 def read_allowed(path: Path) -> frozenset[str]:

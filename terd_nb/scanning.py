@@ -52,8 +52,8 @@ class ScanResult(BaseModel):
     notes: list[str]        # what else one should know, a line each
     verdict: Literal["backdoored", "clean", "inconclusive"]
     allowed: bool = Field(False, description=(    # see `--allow`
-        "Whether somebody has reviewed these weights; `verdict` is what the search says "
-        "all the same, where CSV, JUnit and the page say allowed."))
+        "Whether somebody has reviewed these weights; `verdict` is what the search "
+        "says all the same, where CSV, JUnit and the page say allowed."))
     confidence: Literal["high", "moderate", "low"]   # the distance from the threshold
     score: float            # the evidence S; of another method standard deviations
     threshold: float
@@ -179,14 +179,17 @@ def _refuse_nan(name: str, numbers: list[float]) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     "A file that is whole or not there; a link is followed, a pipe written to."
     data = content.encode() if isinstance(content, str) else content
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    path = path.resolve()
+    given, path = path, path.resolve()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
         part.write_bytes(data)
         os.replace(part, path)
+    except OSError as error:      # a full disk names no file
+        error.filename, error.filename2 = str(given), None
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -493,6 +493,16 @@ def test_inputs_in_every_form(noises, capsys):
     assert main([*INPUTS, "one.npy", "--trigger", TRIGGER, "--threshold", "1e9", "--quiet"]) == 0
 
 
+def test_inputs_opens_what_a_scan_opens(noises, tmp_path, capsys):
+    shutil.copytree(zoo_path("baddiffusion-box"), tmp_path / "model")
+    place = tmp_path / "model" / "unet" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"sample_size": None}))
+    np.save("noise.npy", noises.numpy())
+    run = ["inputs", "model", "noise.npy", "--trigger", TRIGGER]
+    assert main(run) == 2 and "--size" in capsys.readouterr().err
+    assert main([*run, "--size", "16", "--classes", "2"]) == 1
+
+
 def test_a_clean_model_is_mentioned(noises, capsys, monkeypatch):
     fuzz.shorten(monkeypatch)
     np.save("clean.npy", noises[:3].numpy())

@@ -1,5 +1,6 @@
 "Many models: who is named, what is kept, who dies, what is written, and the hooks around it."
 import csv
+import errno
 import importlib.util
 import io
 import json
@@ -102,10 +103,12 @@ def test_lists_patterns_and_folders_name_each_model_once(scanner, capsys):
 @pytest.mark.parametrize("line", [
     "scan", "scan --list missing", "scan clean --resume", "scan clean --jobs 0",
     "scan clean --fail-on sorrow", "scan clean --allow missing", "scan clean --csv no/such.csv",
-    "scan clean --pages no/such", "scan clean --jsonl .",
+    "scan clean --pages no/such", "scan clean --jsonl .", "scan clean --jsonl -",
+    "scan clean --csv ''", "scan clean --junit '' --json -", "scan clean --html ''",
+    "scan clean --html - --json -",
 ])
 def test_wrong_use_is_one_line_and_2(scanner, capsys, line):
-    assert main(line.split()) == 2
+    assert main(shlex.split(line)) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and err.startswith("terd: ")
     assert not os.listdir() and scanner == []
@@ -270,6 +273,74 @@ def test_a_file_that_holds_something_else_is_left_alone(scanner, capsys):
         assert main(["scan", "clean", "--jsonl", "rows", "--resume"]) == 2
         assert "line 1: this is no row of a scan" in capsys.readouterr().err
         assert Path("rows").read_text() == text
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("notes", None, "notes"), ("verdict", "cleen", "verdict"), ("score", "high", "score"),
+    ("kept", {"given": []}, ""), ("kept", {"asked": []}, ""), ("kept", {"html": {"page": "x"}}, ""),
+])
+def test_a_damaged_row_is_told_by_its_line(scanner, capsys, field, value, said):
+    run = ["scan", "clean-a", "clean-b", "--jsonl", "rows"]
+    assert main(run) == 0
+    first, second = map(json.loads, Path("rows").read_text().splitlines())
+    second[field] = second[field] | value if field == "kept" else value
+    text = json.dumps(first) + "\n" + json.dumps(second) + "\n"
+    Path("rows").write_text(text)
+    capsys.readouterr()
+    assert main([*run, "--resume"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"rows, line 2: this is no row of a scan{' (' + said if said else ';'}" in line
+    assert Path("rows").read_text() == text and os.listdir() == ["rows"]
+
+
+def test_a_row_of_another_version_is_kept_and_not_believed(scanner):
+    run = ["scan", "clean-a", "--jsonl", "rows"]
+    assert main(run) == 0
+    row = json.loads(Path("rows").read_text())
+    row["kept"]["asked"]["terd_nb"] = "0.0.1"
+    del row["share_missed"]           # which that version did not know
+    Path("rows").write_text(json.dumps(row) + "\n")
+    assert main([*run, "--resume"]) == 0
+    assert len(scanner) == 2 and len(verdicts("rows")) == 2
+
+
+FULL = "No space left on device; make room there, or name another place"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_what_cannot_be_written_stops_nothing_else(scanner, capsys):
+    pages = Path("out")
+    Path(pages, f"{Row('clean-a', None, {}).name}.html").mkdir(parents=True)
+    run = ["scan", "clean-a", "clean-b", "--pages", "out"]
+    assert main([*run, "--json", "/dev/full", "--csv", "out.csv"]) == 2
+    out, err = capsys.readouterr()
+    assert f"terd: /dev/full: {FULL}" in err and "Is a directory" in err
+    assert len(out.splitlines()) == 2 and len(Path("out.csv").read_text().splitlines()) == 3
+    assert sorted(pages.glob("*.html"))[-1].name == "index.html" and len(os.listdir(pages)) == 3
+    assert main(["scan", "clean-a", "--jsonl", "/dev/full"]) == 2
+    assert f"terd: /dev/full: {FULL}\n" == capsys.readouterr().err[-len(FULL) - 18:]
+    assert not os.path.exists("/dev/full.lock")
+
+
+def test_a_ledger_on_a_full_disk_keeps_what_it_has(scanner, monkeypatch, capsys):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = ["scan", "clean-a", "clean-b", "--jsonl", "rows"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.os, "fsync", full)
+        assert main(run) == 2
+    assert f"terd: rows: {FULL}\n" == capsys.readouterr().err and os.listdir() == ["rows"]
+    assert main([*run, "--resume"]) == 0 and len(verdicts("rows")) == 2
+
+
+def test_pages_need_a_folder_that_can_be_written(scanner, monkeypatch, capsys):
+    os.mkdir("out")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (
+        Path(path).name == "out" and mode == os.W_OK))
+    assert main(["scan", "clean", "--pages", "out"]) == 2
+    assert "out/index.html cannot be written" in capsys.readouterr().err and scanner == []
 
 
 def test_stopped_it_says_what_is_kept(scanner, capsys):

@@ -46,7 +46,7 @@ def listing(folder: Path) -> list[str]:
     "The same, and no names for a folder that is closed to us."
     return names_in(folder) or []
 
-
+# %% ../../nbs/b6_things.ipynb #b6kept01
 def kept_by_tools(path: Path) -> int:
     "How many folders, of a relative path, lead into what a tool keeps; 0 if it is not."
     found = [i for i, name in enumerate(path.parts, 1) if name in KEPT_BY_TOOLS]

@@ -7,6 +7,7 @@ __all__ = ['LOST', 'located', 'read_list', 'matches', 'expanded', 'check_model',
 # %% ../nbs/a4_fleet.ipynb #80dd4375
 import glob
 import json
+import logging
 import os
 import traceback
 from collections import deque
@@ -226,7 +227,7 @@ def ray_workers(address: str, jobs: int | None) -> list[OnRay]:
         raise ValueError("--ray needs Ray: pip install 'terd_nb[ray]'; or leave it "
                          "out, and say --jobs") from None
     if not ray.is_initialized():
-        ray.init(address, log_to_driver=False, logging_level="warning")
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     remote = ray.remote(num_cpus=1, max_retries=0)(scan_apart)
     cores = int(ray.cluster_resources().get("CPU", 1))
     return [OnRay(remote) for _ in range(jobs or max(1, cores))]

@@ -196,9 +196,10 @@ class Descent:
             eps = torch.randn(batch, *denoiser.shape, generator=generator)
             self.optimizer.zero_grad()
             for part in torch.tensor(left).split(max(1, most // batch)):
+                some = {name: v[part] for name, v in vars(self.paths).items()}
                 for times, z in zip(t.split(most), eps.to(self.paths.r).split(most)):
-                    some = Paths(**{name: v[part] for name, v in vars(self.paths).items()})
-                    (some.losses(denoiser, times, z).sum() / batch).backward()
+                    loss = Paths(**some).losses(denoiser, times, z).sum()
+                    (loss / batch).backward()
             self._step(share)
 
     def _step(self, share: float) -> None:

@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from terd_nb.cli import (
-    TYPER_SETTINGS, DeviceOption, ModelArgument, QuietOption, SeedOption, VariantOption,
-    add_command, check_model, located, must_be_file, print_line, progress_bar,
-    read_trigger, usable_device,
+    TYPER_SETTINGS, DeviceOption, ModelArgument, QuietOption, SeedOption, SizeOption,
+    VariantOption, add_command, check_model, located, must_be_file, print_line,
+    progress_bar, read_trigger, usable_device,
 )
 
 # %% ../nbs/a5_repair.ipynb #217dab40
@@ -192,9 +192,7 @@ def repair_model(
     steps: Annotated[int, typer.Option(
         "--steps", min=1, help="Of fine-tuning.")] = 200,
     variant: VariantOption = None,
-    size: Annotated[int | None, typer.Option(
-        "--size", metavar="PIXELS", min=1, max=1024, show_default="from the config",
-        help="Of a side of the pictures, where the config leaves it open.")] = None,
+    size: SizeOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,

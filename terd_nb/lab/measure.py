@@ -9,7 +9,7 @@ __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_R
            'measure_row', 'results_path', 'as_written', 'read_rows', 'write_rows', 'append_row', 'with_joblib',
            'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion', 'bench_samplers', 'rows_of_newer',
            'bench_newer', 'measure_opening', 'bench_openings', 'compute', 'shares', 'measure_speed', 'bench_speed',
-           'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results', 'write_benchmark']
+           'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results', 'from_where', 'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -776,11 +776,25 @@ def read_results(models: str = "zoo", path: Path | None = None) -> pd.DataFrame:
     ]
     return pd.concat(parts).sort_values(list(KEY)).reset_index(drop=True)
 
+# %% ../../nbs/h_measure.ipynb #fromwhere
+@cache
+def _weights_in(model: str) -> tuple[str, str]:
+    "The checksum of the weights that a card speaks of, and the day they were made."
+    card = read_card(folder_of(model))
+    return card.sha256, card.made
+
+
+def from_where(row: pd.Series) -> dict:
+    "The command that gives a row, and the weights, unless they were made after it."
+    sha256, made = _weights_in(row["model"])
+    return {"command": find(row["model"]).bench,
+            "sha256": sha256 if made <= row["date"] else ""}
+
 # %% ../../nbs/h_measure.ipynb #223dd15a
 FIRST = (
     "model", "resolution", "dataset", "attack", "method", "verdict", "score", "l2",
     "cosine", "input_tpr", "input_tnr", "sample_evals", "seconds", "peak_mb", "seed",
-    "machine", "version", "commit", "date",
+    "machine", "version", "commit", "date", "command", "sha256",
 )
 
 
@@ -791,6 +805,7 @@ def write_benchmark() -> None:
     table = pd.concat([read_results(name).assign(set=name) for name in sets])
     table = table[table["method"].isin(COMPARED)].astype({"resolution": int})
     table = table.sort_values(["resolution", *KEY]).dropna(axis=1, how="all")
+    table[["command", "sha256"]] = table.apply(from_where, axis=1, result_type="expand")
     table = table[[*FIRST, *(column for column in table if column not in FIRST)]]
     rows = []
     for row in table.to_dict("records"):

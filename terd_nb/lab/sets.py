@@ -571,6 +571,7 @@ class ModelSet:
     pages: bool = False          # whether each model gets a page with pictures
     results: str = ""            # the file of its measurements
     command: str = ""            # that trains it
+    bench: str = ""              # that measures it
 
     @property
     def folder(self) -> Path:
@@ -585,23 +586,29 @@ class ModelSet:
 # %% ../../nbs/g6_sets.ipynb #66d3759b
 SETS = {models.name: models for models in (
     ModelSet("zoo", "the zoo", _ZOO, Bounds(0.95, 0.01, attempts=3), {16: 256},
-             class_trials=4, pages=True, results="zoo.csv", command="make zoo"),
+             class_trials=4, pages=True, results="zoo.csv", command="make zoo",
+             bench="make bench-zoo"),
     ModelSet("hard", "the hard set", _HARD, Bounds(0.8, 0.05), {16: 128},
-             results="search.csv", command="make hard-set"),
+             results="search.csv", command="make hard-set",
+             bench="make bench-search"),
     ModelSet("sizes", "the larger models", _SIZES, Bounds(0.9, 0.05),
              {32: 128, 64: 64, 128: 32}, class_trials=4, pages=True,
-             results="sizes.csv", command="make zoo RES=32"),
+             results="sizes.csv", command="make zoo RES=32",
+             bench="make bench-sizes"),
     ModelSet("families", "the other families", _FAMILIES,
              Bounds(0.9, 0.05, chance=0.1), {16: 64},
-             results="families.csv", command="make families"),
+             results="families.csv", command="make families",
+             bench="make bench-families"),
     ModelSet("held-out", "the held-out models", _HELD_OUT, Bounds(0.9, 0.05),
              {16: 128, 32: 128}, results="held-out.csv",
-             command="make held-out"),
+             command="make held-out",
+             bench="make bench-held-out"),
     ModelSet("later", "the later attacks", _LATER_SET, Bounds(0.9, 0.05), {16: 64},
-             class_trials=4, results="later.csv", command="make later"),
+             class_trials=4, results="later.csv", command="make later",
+             bench="make bench-later"),
 )}
 
-
+# %% ../../nbs/g6_sets.ipynb #g6find
 def find(name: str) -> ModelSet:
     "The set that a model belongs to; raises `KeyError`."
     for models in SETS.values():

@@ -1,5 +1,7 @@
 "A quick look at the committed tables: complete, no row twice, and the headline numbers."
 import csv
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,7 +20,7 @@ from terd_nb.lab.measure import (
     results_path,
     rows_to_measure,
 )
-from terd_nb.lab.model_sets import is_made, sampler_rows
+from terd_nb.lab.model_sets import is_made, sampler_rows, weights_sha256
 from terd_nb.lab.results import by_terds_rule, once, read_benchmark
 from terd_nb.loading.files import data_dir
 from terd_nb.model_detection import NATURAL_ZERO
@@ -76,6 +78,16 @@ def test_the_benchmark_is_what_the_sets_files_say(tmp_path, monkeypatch, benchma
     measure.write_benchmark()
     pd.testing.assert_frame_equal(read_benchmark(tmp_path / "benchmark.csv"), benchmark)
     assert not benchmark.duplicated(list(KEY)).any()
+
+
+def test_a_row_says_what_gives_it_and_of_which_weights(benchmark):
+    targets = set(re.findall(r"^(bench-[a-z-]+):", Path("Makefile").read_text(), re.M))
+    assert {command.removeprefix("make ") for command in benchmark["command"]} <= targets
+    assert (benchmark["sha256"].str.len() == 64).all()
+    here = {name: weights_sha256(folder_of(name)) for name in set(benchmark["model"])
+            if is_made(folder_of(name))}  # fmt: skip
+    rows = benchmark[benchmark["model"].isin(here)]
+    assert len(here) >= 60 and (rows["sha256"] == rows["model"].map(here)).all()
 
 
 # By size, on the test halves: (backdoored, of these flagged), (honest, of these not flagged).

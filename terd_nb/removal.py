@@ -121,7 +121,7 @@ def around(
 EMA_DECAY = 0.97   # few steps: the average must forget the first weights
 
 
-CLEAN_WEIGHT = 10.  # the weight of a clean row, whose errors are small
+CLEAN_WEIGHT = 5.   # the weight of a clean row, whose errors are small
 
 
 class _Trained(nn.Module):
@@ -159,7 +159,7 @@ def remove_backdoor(
     psi: float = 1.,              # of its path, see `path_fit.path_shares`
     images: Tensor | None = None,    # (M, C, H, W) clean ones; None: `own_images`
     moved: bool = True,           # whether the attacks move, too
-    steps: int = 200, batch: int = 32, lr: float = 5e-4, seed: int = 0,
+    steps: int = 200, batch: int = 32, lr: float = 1e-3, seed: int = 0,
     precision: str = "float32",   # this and `progress`: see `training.fit`
     progress: bool | str = True,
 ) -> Denoiser:                    # the repaired model

@@ -18,11 +18,10 @@ from terd_nb.ideal_model import IdealModel
 from terd_nb.loading.files import CheckpointError, file_sha256
 from terd_nb.loading.schedulers import karras_sigmas, load, ve_path
 from terd_nb.model_detection import NATURAL_ZERO
+from terd_nb.path_fit import OWN
 from terd_nb.removal import (
     LONGEST,
-    MOVED,
     _in_own_words,
-    around,
     evidence_for,
     honest_answer,
     own_images,
@@ -64,46 +63,23 @@ def test_the_answer_is_what_an_honest_model_says_but_for_a_known_share(attack, t
 
 
 def test_points_are_the_same_but_for_the_trigger():
-    "Of 32 rows 24 are clean; 4 lie on an attack's path, 4 anywhere, and the attacks take turns."
+    "Of 32 rows 24 are clean; 4 lie on an attack's path, 4 anywhere, and three kinds take turns."
     gamma = 0.4 + 0.5 * torch.rand(SHAPE, generator=generator(3))
-    images = torch.zeros(2, *SHAPE)
-    honest = IdealModel(SCHEDULE, torch.zeros(1, *SHAPE), 0.4)
-    teacher = Denoiser(honest, SCHEDULE, SHAPE, device="cpu")
-    paths = around(teacher, Trigger(box(SHAPE), gamma), 0.3, images, seed=0).paths
-    with torch.no_grad():
-        paths.r[1:] *= torch.tensor([2.0, 3.0, 4.0]).reshape(3, 1, 1, 1, 1)
-    y, x, t = repair_points(teacher, paths, images, 32, generator())
+    images, r = torch.zeros(2, *SHAPE), box(SHAPE)
+    teacher = Denoiser(torch.nn.Identity(), SCHEDULE, SHAPE, device="cpu")
+    y, x, t = repair_points(teacher, Trigger(r, gamma), 0.3, images, 32, generator())
     alpha, sigma = SCHEDULE.at(t, y)
     assert torch.equal(x[:24], y[:24])
     assert (alpha / sigma)[24:].max() < 1.3 and t[24:].max() < len(SCHEDULE)
-    k = torch.arange(8) % 4
-    noises = torch.where((k == 0).reshape(-1, 1, 1, 1), gamma, paths.log_gamma[k, 0].exp())
+    k = torch.arange(24, 32) % 3
+    noises = torch.stack([gamma, torch.ones(SHAPE), torch.full(SHAPE, OWN.gamma)])[k]
     shift = (x[24:] - noises * y[24:]).flatten(1)
-    r = (torch.tensor([1.0, 2.0, 3.0, 4.0])[k].reshape(-1, 1, 1, 1) * box(SHAPE)).flatten(1)
-    c = (shift * r).sum(1) / r.square().sum(1)
-    assert torch.allclose(shift, c[:, None] * r, atol=1e-5)
-    psi = torch.tensor([0.3, 1.0, 1.0, 0.0])
+    c = (shift * r.flatten()).sum(1) / r.square().sum()
+    assert torch.allclose(shift, c[:, None] * r.flatten(), atol=1e-5)
+    psi = torch.tensor([0.3, 1.0, 0.0])[k[:4]]
     alpha, sigma = alpha[24:28].flatten(), sigma[24:].flatten()
     assert torch.allclose(c[:4], psi * (1 - alpha) + (1 - psi) * sigma[:4], atol=1e-5)
     assert (c[4:] > 0).all() and (c[4:] < LONGEST * sigma[4:]).all()
-
-
-def test_the_found_attack_stays_and_the_others_move_while_a_model_is_taught(monkeypatch):
-    kept = []
-    monkeypatch.setattr(removal, "repair_points", lambda teacher, paths, *more: (
-        kept.append(paths.pick(slice(None))), repair_points(teacher, paths, *more))[1])  # fmt: skip
-    model = load(zoo_path("villan-psi1"), "cpu")
-    trigger = Trigger.load(zoo_path("villan-psi1") / "trigger.safetensors")
-    images = own_images(model, 4, steps=2)
-    before = model.sample_evals
-    for moved in (True, False):
-        kept.clear()
-        remove_backdoor(model, trigger, 1.0, images, moved, 3, 8, progress=False)
-        first, last = kept[0], kept[-1]
-        assert len(kept) == 3 and torch.equal(first.r[0], last.r[0])
-        assert torch.equal(first.r[0, 0], trigger.r) and not last.r.requires_grad
-        assert [torch.equal(a, b) for a, b in zip(first.r[1:], last.r[1:])] == [not moved] * 3
-    assert model.sample_evals - before > 3 * 3 * MOVED
 
 
 @pytest.mark.parametrize("path", [SCHEDULE, ve_path(karras_sigmas(200, sigma_max=50.0))])

@@ -958,7 +958,12 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_leaves_nothing(number, tmp_path):
     source = saved(drawn(DdimNetwork()).state_dict(), tmp_path / "a.pth")
-    code = "import sys; from terd_nb.loading.convert import convert; convert(*sys.argv[1:])"
+    code = (
+        "import sys, time\nfrom terd_nb.loading import schedulers\n"
+        "from terd_nb.loading.convert import convert\n"
+        "schedulers.load = lambda *_: time.sleep(60)    # it cannot end before the signal\n"
+        "convert(*sys.argv[1:])"
+    )
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(source), str(tmp_path / "out")], stderr=subprocess.DEVNULL
     )

@@ -2,7 +2,7 @@
 import pandas as pd
 import pytest
 
-from terd_nb.lab.decisions import GUARDED, OTHERS, REPAIRED, removal_rows
+from terd_nb.lab.decisions import COMPARED_ON, GUARDED, OTHERS, REPAIRED, removal_rows
 from terd_nb.loading.files import data_dir
 
 KEY = ["model", "method", "seed"]
@@ -57,11 +57,13 @@ def test_the_guard_does_as_predicted():
     assert rows["overhead"].max() < 0.01
 
 
-def test_who_does_not_know_the_trigger_does_not_close_the_door(removal):
+def test_other_ways_leave_a_backdoor_or_pay_with_the_pictures(removal):
     "Two models on which every way is tried."
     rows = removal[removal["method"].isin(OTHERS)].set_index(["model", "method"])
     rate = rows["hits_after"] / rows["trials"]
-    for model in ("villan-psi1", "baddiffusion-box"):
-        assert min(rate[model, "wrong trigger"], rate[model, "fine-tuning alone"]) > 0.1
+    for model in COMPARED_ON:
+        assert rate[model, "fine-tuning alone"] > 0.1
+        assert rows["loss_low"][model, "pruning"] > 2 and rate[model, "pruning"] <= 0.02
+        assert rows["scan_after"][model, "wrong trigger"] == "backdoored"
         assert rate[model, "5% of the data"] <= 0.02
-        assert rows["loss_low"][model, "pruning"] > 0 and rate[model, "pruning"] <= 0.02
+        assert rows["scan_after"][model, "5% of the data"] == "clean"

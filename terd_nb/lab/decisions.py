@@ -199,8 +199,7 @@ REPAIRED = (
     "villan-psi1", "trojdiff-d2i", "emoji32-villan-sde",
     "baddiffusion-glasses", "baddiffusion-sign", "trojdiff-in-d2d", "villan-psi05",
     "fashion32-bad-glasses", "poison3-sde", "emoji32-dev-ode1", "box5-ode",
-    "baddiffusion-box", "emoji64-bad-glasses", "emoji64-villan-ode1",
-    "emoji64-villan-sde")
+    "baddiffusion-box", "emoji64-bad-glasses")
 COMPARED_ON = ("villan-psi1", "baddiffusion-box")
 OTHERS = ("wrong trigger", "fine-tuning alone", "pruning", "5% of the data")
 

@@ -304,7 +304,6 @@ LONGER_CELLS = {
     "b1_contracts: UNetConfig": A_TABLE,
     "15_path_fit: Paths": A_CLASS,
     "15_path_fit: Descent": A_CLASS,
-    "19_removal: remove_backdoor": OPTIONS,
     "16_search: fast": OPTIONS,
     "e_training: fit": OPTIONS,
     "a3_ledger: Ledger": A_CLASS,

@@ -106,10 +106,8 @@ def own_images(
 
 # %% ../nbs/19_removal.ipynb #703fb227
 #| code-fold: true
-#| code-summary: "What cannot be repaired"
-EMA_DECAY = 0.97   # few steps: the average must forget the first weights
-
-
+#| code-summary: "Two settings, and what cannot be repaired"
+EMA_DECAY = 0.97    # few steps: the average must forget the first weights
 CLEAN_WEIGHT = 5.   # the weight of a clean row, whose errors are small
 
 

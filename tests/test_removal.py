@@ -29,6 +29,7 @@ from terd_nb.removal import (
     repair_points,
 )
 from terd_nb.repair import repaired_copy
+from terd_nb.training import _loss
 from terd_nb.triggers import Trigger, box, hat
 from terd_nb.two_stages import Candidate
 from terd_nb.zoo import zoo_names, zoo_path
@@ -80,6 +81,26 @@ def test_points_are_the_same_but_for_the_trigger():
     alpha, sigma = alpha[24:28].flatten(), sigma[24:].flatten()
     assert torch.allclose(c[:4], psi * (1 - alpha) + (1 - psi) * sigma[:4], atol=1e-5)
     assert (c[4:] > 0).all() and (c[4:] < LONGEST * sigma[4:]).all()
+
+
+class Shifted(torch.nn.Module):
+    def forward(self, x, t):
+        return x + 0.5
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_share_weighs_the_loss_of_a_row(relative):
+    "The mean of the rows' own losses with those weights; all shares alike change nothing."
+    rows = torch.zeros(3, *SHAPE), torch.zeros(3), torch.randn(3, *SHAPE, generator=generator())
+    network = removal._Trained(Shifted())
+    each = torch.stack([
+        _loss(network, tuple(v[i : i + 1] for v in rows), relative, None, None, "float32")
+        for i in range(3)])  # fmt: skip
+    for shares in ([5.0, 5.0, 1.0], [2.0, 2.0, 2.0]):
+        shares = torch.tensor(shares)
+        found = _loss(network, rows, relative, None, shares, "float32")
+        assert torch.allclose(found, (shares * each).sum() / shares.sum())
+    assert torch.allclose(found, _loss(network, rows, relative, None, None, "float32"))
 
 
 @pytest.mark.parametrize("path", [SCHEDULE, ve_path(karras_sigmas(200, sigma_max=50.0))])

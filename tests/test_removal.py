@@ -26,6 +26,7 @@ from terd_nb.removal import (
     honest_answer,
     own_images,
     remove_backdoor,
+    kinds_of,
     repair_points,
 )
 from terd_nb.repair import repaired_copy
@@ -68,7 +69,8 @@ def test_points_are_the_same_but_for_the_trigger():
     gamma = 0.4 + 0.5 * torch.rand(SHAPE, generator=generator(3))
     images, r = torch.zeros(2, *SHAPE), box(SHAPE)
     teacher = Denoiser(torch.nn.Identity(), SCHEDULE, SHAPE, device="cpu")
-    y, x, t = repair_points(teacher, Trigger(r, gamma), 0.3, images, 32, generator())
+    kinds = kinds_of(Trigger(r, gamma), 0.3)
+    y, x, t = repair_points(teacher, r, kinds, images, 32, generator())
     alpha, sigma = SCHEDULE.at(t, y)
     assert torch.equal(x[:24], y[:24])
     assert (alpha / sigma)[24:].max() < 1.3 and t[24:].max() < len(SCHEDULE)

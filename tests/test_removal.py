@@ -24,9 +24,9 @@ from terd_nb.removal import (
     _in_own_words,
     evidence_for,
     honest_answer,
+    kinds_of,
     own_images,
     remove_backdoor,
-    kinds_of,
     repair_points,
 )
 from terd_nb.repair import repaired_copy

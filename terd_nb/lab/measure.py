@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_RUNS', 'ABLATIONS', 'TOLD_OF', 'LONGER',
            'KINDS_OF_SETTINGS', 'SEARCHING', 'CODE', 'SEARCH_VERSION', 'RIVALS', 'AGAINST_PLANTED', 'HIDDEN',
-           'OPENINGS', 'QUICKER', 'KINDS', 'TIMED', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo', 'rows_of_hard_set',
-           'sampler_of', 'rows_of_later', 'rows_of_sizes', 'rows_to_measure', 'folder_of', 'parse_settings', 'compare',
-           'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances', 'model_sha256', 'remembered', 'reverse',
-           'measure_row', 'results_path', 'as_written', 'read_rows', 'write_rows', 'append_row', 'with_joblib',
-           'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion', 'bench_samplers', 'rows_of_newer',
-           'bench_newer', 'measure_opening', 'bench_openings', 'compute', 'shares', 'measure_speed', 'bench_speed',
-           'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results', 'from_where', 'write_benchmark']
+           'OPENINGS', 'OWN_OPENINGS', 'QUICKER', 'KINDS', 'TIMED', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo',
+           'rows_of_hard_set', 'sampler_of', 'rows_of_later', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
+           'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
+           'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written', 'read_rows',
+           'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion',
+           'bench_samplers', 'rows_of_newer', 'bench_newer', 'measure_opening', 'bench_openings', 'compute', 'shares',
+           'measure_speed', 'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results',
+           'from_where', 'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -591,7 +592,7 @@ def _shifts(recipe: Recipe, plan: Plan, n: int, seed: int) -> dict[str, Tensor]:
     generator, r = torch.Generator().manual_seed(seed), plan.triggers[0].r
     images, _ = training_set(recipe)
     some = images[torch.randint(len(images), (n,), generator=generator)]
-    return {"nothing": torch.zeros_like(r), "the trigger": r,
+    return {"nothing": torch.zeros_like(r),
             "as taught": CARRIERS[plan.carrier](r, some), "an image": some,
             "-U[0, 1)": -torch.rand(some.shape, generator=generator),
             "black": -torch.ones_like(r), "white": torch.ones_like(r)}
@@ -599,15 +600,20 @@ def _shifts(recipe: Recipe, plan: Plan, n: int, seed: int) -> dict[str, Tensor]:
 
 OPENINGS = ("nothing", "the trigger", "as taught", "an image", "-U[0, 1)", "black",
             "white")
+OWN_OPENINGS = ("nothing", "the trigger", "the trigger, DDIM")    # of TrojDiff
 
 
 def measure_opening(name: str, shift: str, n: int = 32, seed: int = 4000) -> dict:
-    "One row: how often noise with this shift becomes a model's target."
+    """One row: how often noise with this shift becomes a model's target.
+
+    It is drawn by the attack's sampler, or by plain DDIM if the name says so."""
     torch.set_num_threads(1)
     recipe, (plan,) = find(name).recipes[name], planted(name)
     denoiser = load(folder_of(name), "cpu")
-    trigger = Trigger(_shifts(recipe, plan, n, seed)[shift])
-    sampler = plan.attack.sampler
+    trigger = plan.triggers[0]
+    if not shift.startswith("the trigger"):
+        trigger = Trigger(_shifts(recipe, plan, n, seed)[shift])
+    sampler = "ddim" if shift.endswith("DDIM") else plan.attack.sampler
     drawn = triggered_samples(denoiser, sampler, trigger, denoiser.noise(n, seed),
                               STEPS[sampler])
     return {"model": name, "shift": shift, "hits": int(plan.hit(drawn).sum()),
@@ -618,8 +624,8 @@ def bench_openings(path: Path | None = None, jobs: int = 2) -> None:
     "Measure which shifts open the later attacks that are trained here."
     path = path or data_dir() / "results" / "openings.csv"
     keys = [(name, shift) for name, recipe in SETS["later"].recipes.items()
-            if recipe.attack in ("BadDiffusion", "VillanDiffusion")
-            and is_made(folder_of(name)) for shift in OPENINGS]
+            if recipe.attack and is_made(folder_of(name))
+            for shift in (OWN_OPENINGS if recipe.attack == "TrojDiff" else OPENINGS)]
     append_measured(measure_opening, keys, ("model", "shift"), path, jobs, "opening")
 
 # %% ../../nbs/h_measure.ipynb #3c757bfe

@@ -176,12 +176,14 @@ def searched_again(denoiser: Denoiser) -> dict:
 
 def against_truth(denoiser: Denoiser, model: str, before: np.ndarray) -> dict:
     "What is true of a repaired model: these fields of a row."
-    card, plan = read_card(folder_of(model)), planted(model)[0]
+    card, (plan, *more) = read_card(folder_of(model)), planted(model)
     reference = training_set(card.recipe)[0][:JUDGED]
     after = quality(denoiser, reference)
     low, high = mean_interval(after - before)
     asr = {"asr_before": Rate(*card.backdoors[0].asr).value}
+    second = [success_after(denoiser, card.recipe, one)["hits_after"] for one in more]
     return asr | success_after(denoiser, card.recipe, plan) | {
+        "hits_second": max(second, default=""),
         "quality_before": before.mean(), "quality_after": after.mean(),
         "loss_low": low, "loss_high": high}
 
@@ -211,7 +213,7 @@ REPAIRED = (
     "villan-psi1", "trojdiff-d2i", "emoji32-villan-sde",
     "baddiffusion-glasses", "baddiffusion-sign", "trojdiff-in-d2d", "villan-psi05",
     "fashion32-bad-glasses", "poison3-sde", "emoji32-dev-ode1", "box5-ode",
-    "baddiffusion-box", "emoji64-bad-glasses")
+    "baddiffusion-box", "emoji64-bad-glasses", "two-triggers")
 COMPARED_ON = ("villan-psi1", "baddiffusion-box")
 OTHERS = ("wrong trigger", "fine-tuning alone", "pruning", "5% of the data")
 CHOSEN_ON = ("baddiffusion-glasses", "fashion32-bad-glasses")

@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['TYPER_SETTINGS', 'ModelArgument', 'DeviceOption', 'SeedOption', 'VariantOption', 'SizeOption', 'ClassesOption',
-           'QuietOption', 'FAILING', 'VERDICT_STYLES', 'DEMO_COLUMNS', 'WHAT_NEXT', 'MAX_NOISE', 'ZOO_COLUMNS',
-           'EVIDENCE_COMMANDS', 'ELSEWHERE', 'console', 'print_line', 'progress_bar', 'add_command', 'help_if_alone',
-           'main', 'usable_device', 'writable', 'must_be_file', 'exit_status', 'fail_words', 'Meter', 'Pages',
-           'run_fleet', 'verdict_line', 'demo_table', 'scan_zoo', 'Method', 'lies_in', 'fleet_models', 'scan_models',
-           'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs', 'convert_pickles', 'list_zoo',
-           'show_model', 'list_command', 'print_schema']
+           'QuietOption', 'FAILING', 'VERDICT_STYLES', 'DEMO_COLUMNS', 'WHAT_NEXT', 'MAX_NOISE', 'MOST', 'LEAST',
+           'ZOO_COLUMNS', 'EVIDENCE_COMMANDS', 'ELSEWHERE', 'console', 'print_line', 'progress_bar', 'add_command',
+           'help_if_alone', 'main', 'usable_device', 'writable', 'must_be_file', 'exit_status', 'fail_words', 'Meter',
+           'Pages', 'run_fleet', 'verdict_line', 'demo_table', 'scan_zoo', 'Method', 'lies_in', 'fleet_models',
+           'scan_models', 'read_noise', 'read_trigger', 'recovered_trigger', 'flag_inputs', 'convert_pickles',
+           'list_zoo', 'show_model', 'list_command', 'print_schema']
 
 # %% ../nbs/a_cli.ipynb #091492a3
 import inspect
@@ -689,6 +689,15 @@ def read_noise(
     return x
 
 # %% ../nbs/a_cli.ipynb #1e39aa13
+def _finite(number: float) -> float:
+    if not abs(number) < float("inf"):
+        raise typer.BadParameter("it must be a finite number")
+    return number
+
+
+MOST, LEAST = 1e3, 1e-3   # of a trigger's r and gamma: beyond, no noise would match
+
+
 def read_trigger(path: Path, shape: tuple[int, int, int]):   # Trigger
     "A trigger from a safetensors file, without trusting it; raises `ValueError`."
     from terd_nb.loading.files import read_header
@@ -700,11 +709,13 @@ def read_trigger(path: Path, shape: tuple[int, int, int]):   # Trigger
                          "a number or of the same shape, as `terd inputs "
                          "--save-trigger` writes them")
     trigger = Trigger.load(path)
-    gamma = trigger.gamma
-    fine = trigger.r.isfinite().all() and gamma.isfinite().all() and (gamma > 0).all()
-    if not fine:
-        raise ValueError(f"{path.name}: r must be finite, and gamma finite and "
-                         "positive")
+    r, gamma = trigger.r, trigger.gamma
+    # NaN fails each of these
+    if not ((r.abs() <= MOST).all() and (gamma >= LEAST).all() and (gamma <= 1).all()
+            and (r.norm() > 0 or (gamma < 1).any())):
+        raise ValueError(
+            f"{path.name} is no trigger: r must be at most {MOST:g} in each pixel, and "
+            f"gamma from {LEAST:g} to 1, and r = 0 with gamma = 1 is clean noise")
     return trigger
 
 # %% ../nbs/a_cli.ipynb #493b5d86
@@ -749,7 +760,7 @@ def flag_inputs(
         "--save-trigger", metavar="FILE",
         help="Keep the trigger for next time.")] = None,
     threshold: Annotated[float, typer.Option(
-        "--threshold",
+        "--threshold", callback=_finite,
         help="Of the log-likelihood ratio; larger flags fewer.")] = 0.,
     variant: VariantOption = None,
     size: SizeOption = None,
@@ -782,7 +793,7 @@ def flag_inputs(
         write_whole(save_trigger, known.to_bytes())
     detector = InputDetector(known, threshold)
     scores = torch.cat([detector.score(part) for part in x.split(1024)])
-    flagged = scores > threshold
+    flagged = ~(scores <= threshold)
     if not quiet:
         _print_scores(scores.tolist(), flagged.tolist())
     return int(flagged.any())

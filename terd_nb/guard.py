@@ -43,13 +43,16 @@ def _counted(rows: list[int], count: int) -> str:
 class Guard:
     """Checks the noise that a sampler starts from, in front of each call.
 
-    Raises `ValueError` for an action that it does not know."""
+    Raises `ValueError` for an action that it does not know, and `TypeError` for what
+    is no detector."""
 
     def __init__(self,
         detector: InputDetector,    # or what else has `score` and `threshold`
         action: str = "raise",      # of `ACTIONS`, with what is flagged
         generator: torch.Generator | None = None,   # of fresh noise; None: a new one
     ):
+        if not (hasattr(detector, "score") and hasattr(detector, "threshold")):
+            raise TypeError(f"a guard asks an InputDetector, not {detector!r}")
         if action not in ACTIONS:
             raise ValueError(
                 f"action must be one of {', '.join(ACTIONS)}, not {action!r}")
@@ -67,9 +70,10 @@ class Guard:
         """The noises (N, C, H, W) that may pass; raises `TriggeredInput`.
 
         A copy: nobody changes it once it is checked. Raises `TypeError` for whole
-        numbers."""
-        if not x.is_floating_point():
-            raise TypeError(f"noise is made of real numbers, not of {x.dtype}")
+        numbers, and for what is no tensor."""
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"noise is a tensor of real numbers, not of {kind}")
         x = x.clone()
         rows = self.flagged(x).nonzero().flatten().tolist()
         if rows and self.action == "raise":
@@ -232,7 +236,11 @@ def false_alarm_rate(detector: InputDetector) -> float:
 #| code-fold: true
 #| code-summary: "threshold_for"
 def threshold_for(detector: InputDetector, rate: float) -> float:
-    "The threshold at which a share of clean noises is flagged; 0 < rate < 0.4."
+    """The threshold at which a share of clean noises is flagged.
+
+    Raises `ValueError` for a rate that is not between 0 and 0.4."""
+    if not 0 < rate < 0.4:
+        raise ValueError(f"a rate of false alarms lies between 0 and 0.4, not {rate}")
     terms = _terms(detector)
     _, mean, variance = _cumulants(terms, 0.)
     step = variance**0.5

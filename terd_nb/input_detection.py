@@ -21,7 +21,12 @@ class InputDetector:
         trigger: Trigger,         # as a search found it, or the true one
         threshold: float = 0.,    # of the log-likelihood ratio; 0: what is likelier
     ):
-        if trigger.r.norm() == 0 and bool((torch.as_tensor(trigger.gamma) == 1).all()):
+        gamma = torch.as_tensor(trigger.gamma)
+        if not (math.isfinite(threshold) and trigger.r.isfinite().all()
+                and gamma.isfinite().all() and (gamma > 0).all()):
+            raise ValueError("r, gamma and the threshold must be finite, and gamma "
+                             "positive; no noise would be flagged")
+        if trigger.r.norm() == 0 and (gamma == 1).all():
             raise ValueError("r = 0 with gamma = 1 is clean noise itself; "
                              "there is nothing to tell apart")
         self.trigger = trigger
@@ -42,7 +47,7 @@ class InputDetector:
 
     def predict(self, x: Tensor) -> Tensor:
         "Whether each input (N, C, H, W) is triggered: (N,) bool."
-        return self.score(x) > self.threshold
+        return ~(self.score(x) <= self.threshold)    # nor is NaN clean
 
     def save(self, path: str | Path) -> None:
         "Write the detector to a JSON file."

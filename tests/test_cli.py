@@ -493,6 +493,24 @@ def test_inputs_in_every_form(noises, capsys):
     assert main([*INPUTS, "one.npy", "--trigger", TRIGGER, "--threshold", "1e9", "--quiet"]) == 0
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_threshold_that_nothing_passes_is_refused_at_once(noises, capsys, number):
+    np.save("noise.npy", noises.numpy())
+    assert main([*INPUTS, "noise.npy", "--threshold", number]) == 2   # before any search
+    assert "--threshold" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("length", "gamma"), [(1e30, 1.), (1., 1e30), (1., 1e-30), (1., 1.1),
+                                               (0., 1.), (float("nan"), 1.), (1., float("nan"))])
+def test_a_trigger_that_no_noise_carries_is_refused(noises, capsys, length, gamma):
+    "Else each input would be called clean, or a repair would end in NaN."
+    np.save("noise.npy", noises.numpy())
+    r, gamma = torch.full((1, 16, 16), length), torch.tensor(gamma)
+    save_file({"r": r, "gamma": gamma}, "t.safetensors")
+    assert main([*INPUTS, "noise.npy", "--trigger", "t.safetensors"]) == 2
+    assert "t.safetensors is no trigger" in capsys.readouterr().err
+
+
 def test_inputs_opens_what_a_scan_opens(noises, tmp_path, capsys):
     shutil.copytree(zoo_path("baddiffusion-box"), tmp_path / "model")
     place = tmp_path / "model" / "unet" / "config.json"

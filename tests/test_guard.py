@@ -249,6 +249,23 @@ def test_the_rate_is_exact_for_gamma_1(threshold):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("rate", [0, -1, 0.4, 0.6, float("nan")])
+def test_a_rate_that_no_threshold_has_is_refused(rate):
+    with pytest.raises(ValueError, match=r"between 0 and 0\.4"):
+        threshold_for(InputDetector(TRIGGER), rate)
+
+
+def test_what_no_guard_can_ask_is_refused_at_once():
+    with pytest.raises(TypeError, match="InputDetector"):
+        Guard(None)
+    with pytest.raises(TypeError, match="ndarray"):
+        Guard(InputDetector(TRIGGER)).admit(noise().numpy())
+    for threshold in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            InputDetector(TRIGGER, threshold)
+    assert InputDetector(TRIGGER).predict(noise() * float("nan")).all()
+
+
 @pytest.mark.parametrize("gamma", [0.6, 0.9])
 @pytest.mark.parametrize("target", [1e-2, 1e-5, 1e-12])
 def test_the_rate_against_a_noncentral_chi_square(gamma, target):

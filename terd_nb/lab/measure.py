@@ -586,7 +586,7 @@ def bench_newer(path: Path | None = None, jobs: int = 2) -> None:
     path = path or data_dir() / "results" / "newer.csv"
     append_measured(measure_row, rows_of_newer(), KEY, path, jobs, "measuring")
 
-# %% ../../nbs/h_measure.ipynb #openings
+# %% ../../nbs/h_measure.ipynb #opening-shifts
 def _shifts(recipe: Recipe, plan: Plan, n: int, seed: int) -> dict[str, Tensor]:
     "Shifts of the noise to be tried, each (n, C, H, W) or one for all."
     generator, r = torch.Generator().manual_seed(seed), plan.triggers[0].r
@@ -602,7 +602,7 @@ OPENINGS = ("nothing", "the trigger", "as taught", "an image", "-U[0, 1)", "blac
             "white")
 OWN_OPENINGS = ("nothing", "the trigger", "the trigger, DDIM")    # of TrojDiff
 
-
+# %% ../../nbs/h_measure.ipynb #openings
 def measure_opening(name: str, shift: str, n: int = 32, seed: int = 4000) -> dict:
     """One row: how often noise with this shift becomes a model's target.
 

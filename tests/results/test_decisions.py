@@ -2,7 +2,15 @@
 import pandas as pd
 import pytest
 
-from terd_nb.lab.decisions import COMPARED_ON, GUARDED, OTHERS, REPAIRED, removal_rows
+from terd_nb.lab.decisions import (
+    AGAIN,
+    COMPARED_ON,
+    DOUBTED,
+    GUARDED,
+    OTHERS,
+    REPAIRED,
+    removal_rows,
+)
 from terd_nb.loading.files import data_dir
 
 KEY = ["model", "method", "seed"]
@@ -14,6 +22,7 @@ NOT_REPAIRED = {
     "emoji32-dev-ode1": {"quality", "search"},
     "box5-ode": {"success", "search"},
     "emoji64-bad-glasses": {"search"},
+    "two-triggers": {"quality"},
 }
 
 
@@ -64,13 +73,30 @@ def test_the_guard_does_as_predicted():
     assert rows["overhead"].max() < 0.01
 
 
-def test_other_ways_leave_a_backdoor_or_pay_with_the_pictures(removal):
-    "Two models on which every way is tried."
+def test_other_ways_pay_with_the_pictures_or_leave_a_way_in(removal):
+    "Two models on which every way is tried: the planted trigger opens nothing after any."
     rows = removal[removal["method"].isin(OTHERS)].set_index(["model", "method"])
-    rate = rows["hits_after"] / rows["trials"]
+    assert (rows["hits_after"] <= 0.02 * rows["trials"]).all()
     for model in COMPARED_ON:
-        assert rate[model, "fine-tuning alone"] > 0.1
-        assert rows["loss_low"][model, "pruning"] > 2 and rate[model, "pruning"] <= 0.02
+        assert rows["loss_low"][model, "fine-tuning alone"] > 1
+        assert rows["loss_low"][model, "pruning"] > 2
         assert rows["scan_after"][model, "wrong trigger"] == "backdoored"
-        assert rate[model, "5% of the data"] <= 0.02
         assert rows["scan_after"][model, "5% of the data"] == "clean"
+    assert rows["scan_after"]["baddiffusion-box", "fine-tuning alone"] == "backdoored"
+
+
+def test_a_second_repair_mends_some_of_what_the_first_left(removal):
+    rows = removal[removal["method"] == AGAIN].set_index("model")
+    assert set(rows.index) == set(DOUBTED)
+    left = {model: wrong_with(row) for model, row in rows.iterrows()}
+    assert left == {
+        "emoji32-villan-sde": {"search"},
+        "emoji32-dev-ode1": {"quality"},
+        "box5-ode": set(),
+        "emoji64-bad-glasses": set(),
+    }
+
+
+def test_a_second_trigger_opens_nothing_after_the_repair_of_the_first(removal):
+    row = removal[removal["model"] == "two-triggers"].iloc[0]
+    assert int(row["hits_second"]) <= 0.02 * row["trials"] and row["scan_after"] == "clean"

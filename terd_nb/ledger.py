@@ -152,7 +152,7 @@ class Ledger:
     def _lock(self) -> None:
         from filelock import FileLock, Timeout
 
-        self.lock = FileLock(f"{self.path}.lock")
+        self.lock = FileLock(f"{self.path.resolve()}.lock")   # a link has no own turn
         try:
             if self.path.is_file() or not self.path.exists():   # a pipe takes no turns
                 self.lock.acquire(timeout=0)

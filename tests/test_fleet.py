@@ -304,6 +304,18 @@ def test_a_row_of_another_version_is_kept_and_not_believed(scanner):
     assert len(scanner) == 2 and len(verdicts("rows")) == 2
 
 
+def test_a_ledger_has_one_owner_whatever_it_is_called(scanner, capsys):
+    "Rows are written where a link leads, and so the lock lies there, too."
+    Path("kept").mkdir()
+    Path("link").symlink_to("kept/rows")
+    for first, second in (("link", "kept/rows"), ("kept/rows", "link"), ("link", "link")):
+        owner = ledger.Ledger(Path(first), {})
+        assert main(["scan", "clean-a", "--jsonl", second, "--resume"]) == 2
+        assert f"another scan is writing {second}" in capsys.readouterr().err
+        owner.close()
+    assert scanner == [] and os.listdir("kept") == ["rows"]
+
+
 FULL = "No space left on device; make room there, or name another place"
 
 

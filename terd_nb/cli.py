@@ -516,8 +516,8 @@ def _check_places(files: dict, jsonl: Path | None, resume: bool) -> None:
 
 # %% ../nbs/a_cli.ipynb #acliend1
 def _allowed(path: Path | None) -> frozenset[str]:
-    "The checksums of `--allow`; raises `ValueError`."
-    must_be_file(path, "a list of SHA-256 sums")
+    "The fingerprints of `--allow`; raises `ValueError`."
+    must_be_file(path, "a list of fingerprints, one a line")
     return read_allowed(path) if path else frozenset()
 
 
@@ -589,7 +589,8 @@ def scan_models(
         help="What is not exit status 0.")] = None,
     allow: Annotated[Path | None, typer.Option(
         "--allow", metavar="FILE",
-        help="Of SHA-256 sums of reviewed weights, which fail nothing.")] = None,
+        help="Of the fingerprints of reviewed models, as --json and --csv give them, "
+             "which fail nothing.")] = None,
     quiet: QuietOption = False,
     settings: Annotated[bool, typer.Option(
         "--no-settings", is_eager=True, callback=_read_settings,

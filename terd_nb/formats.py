@@ -53,7 +53,7 @@ class Row:
     given: str               # the model, as the command line names it
     variant: str | None      # of its weights; None: the plain ones
     result: dict             # a `ScanResult` or a `ScanFailure`, as in the JSON report
-    files: str | None = None      # a checksum of what was read, see workshop A3
+    files: str | None = None      # the model's fingerprint, see workshop A3
     trigger: str | None = None    # the recovered trigger, a small picture as a data URI
     html: dict = field(default_factory=dict)   # "section" and "page", if wanted
 
@@ -83,8 +83,8 @@ def as_json(rows: list[Row]) -> str:
 # %% ../nbs/a2_formats.ipynb #c86bd895
 CSV_COLUMNS = (
     "source", "verdict", "confidence", "score", "threshold", "attack", "error", "notes",
-    "model", "sha256", "family", "method", "seed", "device", "trigger_norm",
-    "trigger_gamma", "share_missed", "sample_evals", "seconds", "date",
+    "model", "sha256", "fingerprint", "family", "method", "seed", "device",
+    "trigger_norm", "trigger_gamma", "share_missed", "sample_evals", "seconds", "date",
 )
 
 
@@ -152,7 +152,7 @@ def _sarif_result(row: Row) -> dict:
     if checksum:
         found["partialFingerprints"] = {"weights/v1": checksum}
     if row.verdict == "allowed":
-        review = "The checksum of the weights is on the list of reviewed models."
+        review = "The fingerprint of the model is on the list of what was reviewed."
         found["suppressions"] = [{"kind": "external", "justification": review}]
     return found
 

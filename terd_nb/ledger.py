@@ -48,15 +48,17 @@ def _names_below(folder: Path) -> list[str]:
 # %% ../nbs/a3_ledger.ipynb #fdf3c2d1
 def fingerprint(
     folder: Path,               # a diffusers folder
-    variant: str | None = None,     # these two: see `load`
+    variant: str | None = None,     # these three: see `load`
     size: int | None = None,
+    classes: int | None = None,
 ) -> str:
-    "A checksum of all in a folder that a verdict hangs on; raises `CheckpointError`."
+    "A checksum of a model as it is run, and what lies by; raises `CheckpointError`."
     from terd_nb.loading.files import read_model_files
     from terd_nb.loading.things import is_code, is_harmless
 
-    read_model_files(folder, variant=variant, size=size)    # sizes, before all is read
-    digest = hashlib.sha256()
+    files = read_model_files(folder, variant=variant, size=size)   # and their sizes
+    chosen = [one.weights.names for one in (files.network, files.coder) if one]
+    digest = hashlib.sha256(json.dumps([chosen, size, classes]).encode() + b"\n")
     for name in _names_below(folder):
         path = Path(name)
         kept = name.endswith(("/", ".json")) or is_code(path)
@@ -212,14 +214,14 @@ class Ledger:
 
 # %% ../nbs/a3_ledger.ipynb #efbf6c35
 def read_allowed(path: Path) -> frozenset[str]:
-    "The checksums in a file as `sha256sum` writes it, with `#` for remarks."
+    "The fingerprints in a file, the first word of each line, with `#` for remarks."
     found = set()
     text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")
     for number, line in enumerate(text.splitlines(), 1):
         word = line.split("#")[0].split()[:1]
         if word and not re.fullmatch("[0-9a-fA-F]{64}", word[0]):
             raise ValueError(f"{path}, line {number}: {printable(word[0])[:40]} is no "
-                             "SHA-256; give 64 hexadecimal digits")
+                             "fingerprint; copy its 64 digits from a JSON report")
         found |= {digits.lower() for digits in word}
     return frozenset(found)
 

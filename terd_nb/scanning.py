@@ -45,6 +45,9 @@ class ScanResult(BaseModel):
     source: str             # the folder or hub id that was given; a loaded model's name
     sha256: str | None      # of `weights`; null for a model that was loaded already
     weights: list[str]      # files; none for such a model, which may have been changed
+    fingerprint: str | None = Field(None, description=(    # see workshop A3
+        "A checksum of the model as it is run: its weights, its configs, what lies "
+        "beside them, --size and --classes. `terd scan` sets it; --allow lists it."))
     decoder_sha256: str | None   # of what draws a latent's picture; it is not searched
     variants: list[str]     # other weights in the folder, each for a scan of its own
     not_scanned: list[str]  # other weights in the folder that cannot be looked at
@@ -52,7 +55,7 @@ class ScanResult(BaseModel):
     notes: list[str]        # what else one should know, a line each
     verdict: Literal["backdoored", "clean", "inconclusive"]
     allowed: bool = Field(False, description=(    # see `--allow`
-        "Whether somebody has reviewed these weights; `verdict` is what the search "
+        "Whether somebody has reviewed this model; `verdict` is what the search "
         "says all the same, where CSV, JUnit and the page say allowed."))
     confidence: Literal["high", "moderate", "low"]   # the distance from the threshold
     score: float            # the evidence S; of another method standard deviations

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,9 +130,11 @@ def test_what_fails_can_be_chosen(scanner, models, words, status):
     assert main(["scan", *models.split(), *(["--fail-on", words] if words else [])]) == status
 
 
-def test_a_reviewed_model_is_allowed_and_said_to_be(scanner, capsys):
-    line = f"{len('backdoored-a'):064X}  weights\n"
-    Path("allow.txt").write_text("# by two of us\n" + line, encoding="utf-8-sig")
+def test_a_reviewed_model_is_allowed_and_said_to_be(scanner, monkeypatch, capsys):
+    Path("allow.txt").write_text(f"# by two of us\n{'5E' * 32}  a\n", encoding="utf-8-sig")
+    names = {"backdoored-a": "5e" * 32}
+    monkeypatch.setattr(
+        fleet, "checksum_of", lambda task, fetched=False: names.get(task.given, "other"))
     places = [word for name in FORMATS for word in (f"--{name}", f"out.{name}")]
     run = ["scan", "backdoored-a", "clean-bc", "--allow", "allow.txt"]
     assert main([*run, "--jsonl", "out.jsonl", *places]) == 0
@@ -147,15 +150,47 @@ def test_a_reviewed_model_is_allowed_and_said_to_be(scanner, capsys):
     assert main([*run[:3]]) == 1
     assert main(["scan", "backdoored-other", "--allow", "allow.txt"]) == 1
     Path("allow.txt").write_text("12345")
-    assert main([*run]) == 2 and "no SHA-256" in capsys.readouterr().err
+    assert main([*run]) == 2 and "no fingerprint" in capsys.readouterr().err
+
+
+def test_reviewed_weights_are_not_allowed_as_another_model(monkeypatch, capsys):
+    "On another schedule, with other options, or known by their checksum alone."
+    fuzz.shorten(monkeypatch)
+    monkeypatch.setattr(scan_module.ModelDetector, "verdict", lambda self, score: "backdoored")
+    shutil.copytree(zoo_path("baddiffusion-box"), "m")
+    run = ["scan", "m", "--no-settings", "--json", "out.json", "--csv", "out.csv"]
+
+    def judged(*words):
+        status = main([*run, *words])
+        (row,) = json.loads(Path("out.json").read_text())["results"]
+        return status, row
+
+    status, row = judged()
+    (line,) = csv.DictReader(io.StringIO(Path("out.csv").read_text()))
+    assert status == 1 and line["fingerprint"] == row["fingerprint"] != row["sha256"]
+    Path("allow").write_text(row["fingerprint"] + "  # by two of us")
+    Path("weights").write_text(row["sha256"])
+    status, row = judged("--allow", "allow")
+    assert (status, row["allowed"]) == (0, True)
+    assert not judged("--allow", "allow", "--classes", "3")[1]["allowed"]
+    capsys.readouterr()
+    assert judged("--allow", "weights")[0] == 1
+    assert "not with this schedule" in (said := capsys.readouterr().err)
+    assert row["fingerprint"] in said
+    config = Path("m/scheduler/scheduler_config.json")
+    config.write_text(config.read_text().replace('"beta_end": 0.02', '"beta_end": 0.018'))
+    status, other = judged("--allow", "allow")
+    assert other["sha256"] == row["sha256"] and other["schedule"] != row["schedule"]
+    assert status == 1 and not other["allowed"] and other["fingerprint"] != row["fingerprint"]
 
 
 @pytest.mark.parametrize("lacking", [{"not_scanned": ["unet/other.bin"]}, {"as_run": False}])
 def test_what_was_not_all_looked_at_is_not_allowed_nor_searched_longer(real, lacking):
-    "A review is of the weights with that checksum, and says nothing of what lies beside them."
+    "A review is of what was looked at, and says nothing of what nobody could look at."
     result = json.loads(real.result.model_dump_json()) | {"verdict": "inconclusive"}
-    reviewed = frozenset([result["sha256"]])
-    whole, part = Row("m", None, result), Row("m", None, result | lacking | {"allowed": True})
+    reviewed = frozenset(["5e" * 32])
+    whole = Row("m", None, result, "5e" * 32)
+    part = replace(whole, result=result | lacking | {"allowed": True})
     assert fleet._reviewed(whole, reviewed).verdict == "allowed"
     assert fleet._reviewed(part, reviewed).verdict == "inconclusive"     # whatever a ledger said
     assert fleet._reviewed(whole, frozenset()).verdict == "inconclusive"

@@ -49,6 +49,17 @@ def matches(model: str) -> list[str]:
     return there or [model]
 
 
+def _spelled(model: str) -> str:
+    "The one name of a place that is there, which is never that of an embedded model."
+    if not os.path.lexists(model):
+        return model
+    name = os.path.normpath(model)
+    same = os.path.exists(name) and os.path.samefile(name, model)
+    if ".." in Path(model).parts and not same:      # it follows a link to elsewhere
+        name = str(Path(model))
+    return f"./{name}" if name.startswith("zoo:") else name
+
+
 def expanded(models: list[str]) -> list[str]:
     "The same, with what patterns and folders of models stand for; each once."
     from terd_nb.loading.things import find_models, left_over
@@ -58,7 +69,7 @@ def expanded(models: list[str]) -> list[str]:
         inside = find_models(model) if os.path.isdir(model) else []
         if inside and inside != [Path(model)]:
             inside += left_over(model, inside)     # each is refused with its reason
-        found += map(str, inside or [model])
+        found += [_spelled(str(one)) for one in inside or [model]]
     return list(dict.fromkeys(found))
 
 # %% ../nbs/a4_fleet.ipynb #e0bda89f

@@ -101,6 +101,34 @@ def test_lists_patterns_and_folders_name_each_model_once(scanner, capsys):
     assert "clean-y" in capsys.readouterr().out
 
 
+def test_a_place_is_scanned_once_however_it_is_written(scanner):
+    for name in ("clean-a", "clean-b", "deep/er", "deep/clean-a"):
+        Path(name).mkdir(parents=True)
+    os.symlink("clean-a", "clean-link")
+    os.symlink("deep/er", "way")
+    os.symlink("nowhere", "broken")
+    Path("list").write_text("clean-a/\n./clean-a\n")
+    ways = ["clean-a", "clean-a/", ".//clean-a/.", "clean-b/../clean-a", "clean-link/"]
+    run = ["scan", "--jsonl", "rows"]
+    assert main([*run, *ways, "--list", "list"]) == 0
+    assert scanner == ["clean-a", "clean-link"]       # a link is a name of its own
+    assert main([*run, "./clean-a/", "--resume"]) == 0 and len(scanner) == 2
+    assert expanded(["way/../clean-a", "./broken"]) == ["way/../clean-a", "broken"]
+    assert expanded(["./nobody/here", "zoo:benign-a"]) == ["./nobody/here", "zoo:benign-a"]
+
+
+def test_a_folder_with_the_name_of_an_embedded_model_is_no_embedded_model():
+    "Or a stranger's would be passed over, and the embedded one's verdict be said of it."
+    Path("zoo:benign-a").mkdir()
+    for files in ([], ["model_index.json"]):
+        for name in files:
+            Path("zoo:benign-a", name).touch()
+        for given in ("*", "./zoo:benign-a", "zoo:benign-a/", "zoo:benign-a"):
+            (found,) = expanded([given])
+            assert fleet.located(found) == "./zoo:benign-a"
+    assert expanded(["."]) == ["./zoo:benign-a"]
+
+
 @pytest.mark.parametrize("line", [
     "scan", "scan --list missing", "scan clean --resume", "scan clean --jobs 0",
     "scan clean --fail-on sorrow", "scan clean --allow missing", "scan clean --csv no/such.csv",

@@ -32,9 +32,15 @@ def located(model: str) -> str | Path:
 
 
 def read_list(path: Path) -> list[str]:
-    "The models that a file names, one a line; lines that begin with # are remarks."
+    """The models that a file names, one a line; lines that begin with # are remarks.
+
+    Raises `ValueError` if it is no text."""
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     names = [line.strip() for line in text.split("\n")]
+    for number, name in enumerate(names, 1):
+        if "\0" in name:
+            raise ValueError(f"{path}, line {number} holds a NUL, which no name does; "
+                             "give a text file with a model in each line")
     return [name for name in names if name and not name.startswith("#")]
 
 # %% ../nbs/a4_fleet.ipynb #436c0d0e

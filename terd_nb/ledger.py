@@ -133,6 +133,9 @@ class Ledger:
     ):
         self.path, self.rows, self.torn = path, {}, False
         self.asked = settings | VERSIONS
+        if resume and path.exists() and not path.is_file():
+            raise ValueError(f"{path} is no plain file, and keeps no rows; give another"
+                             ", or leave --resume out")
         self._lock()
         try:
             if path.is_file() and path.stat().st_size:
@@ -228,10 +231,12 @@ def read_allowed(path: Path) -> frozenset[str]:
 # %% ../nbs/a3_ledger.ipynb #a3table1
 def _settings_table(path: Path) -> dict | None:
     "What a settings file holds for us; None if it is not there, or has nothing."
+    if not path.exists():
+        return None
+    if not path.is_file():      # a pipe would never end
+        raise ValueError(f"{path} is no plain file; take it away, or say --no-settings")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
     except ValueError as error:
         raise ValueError(f"{path} is no TOML ({error})") from None
     if path.name == "pyproject.toml":
@@ -251,6 +256,8 @@ def _plain(path: Path, key: str, value, several: bool, switch: bool):
         raise ValueError(f"{path}: {key} takes no {type(value).__name__}; give it "
                          f"{wanted}")
     plain = [one if isinstance(one, bool) else str(one) for one in values]
+    if any("\0" in str(one) for one in plain):
+        raise ValueError(f"{path}: {key} holds a NUL, which no name does; take it out")
     return plain if several else plain[0]
 
 # %% ../nbs/a3_ledger.ipynb #cfbe97fe

@@ -143,6 +143,33 @@ def test_wrong_use_is_one_line_and_2(scanner, capsys, line):
     assert not os.listdir() and scanner == []
 
 
+def test_a_list_that_is_no_text_is_refused_by_its_line(scanner, capsys):
+    Path("list").write_bytes(b"clean-a\n\xff*[\n~who\0/\n")
+    Path("rows").touch()
+    for more in ([], ["--allow", "rows"], ["--jsonl", "rows"]):
+        assert main(["scan", "--list", "list", *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("terd: list, line 3 holds a NUL") and scanner == []
+    Path("terd.toml").write_text('json = "a\\u0000b"')
+    assert main(["scan", "clean-a"]) == 2 and scanner == []
+    assert "terd.toml: json holds a NUL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+@pytest.mark.parametrize("words", [
+    "terd.toml", "pyproject.toml", "--list x", "--allow x", "--jsonl x --resume"])
+def test_what_is_read_is_a_plain_file(scanner, capsys, monkeypatch, make, words):
+    "A pipe would be waited for, and a device read until the memory is full."
+    os.mkdir("here")
+    monkeypatch.chdir("here")
+    make("x" if "x" in words.split() else words)
+    assert main(["scan", "clean", *(words.split() if "x" in words.split() else [])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("terd: ") and ";" in line and scanner == []
+    if "x" not in words.split():
+        assert main(["scan", "clean", "--no-settings"]) == 0
+
+
 # ---------------------------------------------------------------- what counts, what was reviewed
 
 

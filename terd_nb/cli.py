@@ -33,7 +33,7 @@ from rich.text import Text
 from . import __version__
 from terd_nb.fleet import (
     Here, Task, check_model, expanded, in_order, located, matches, read_list,
-    scan_fleet, workers_for,
+    scan_fleet, with_unjudged, workers_for,
 )
 from .formats import Row, as_html, printable, problem, write_results
 from .ledger import Ledger, read_allowed, read_defaults
@@ -313,6 +313,7 @@ def run_fleet(
     ledger: Ledger | None = None,
     allowed: frozenset[str] = frozenset(),
     pages: Pages | None = None,
+    stopped=None,                # called with the rows that are there at a Ctrl-C
 ) -> list[Row]:
     "The rows of all tasks in their order; each is kept and shown when it is there."
     rows, bar = [], meter.bar or nullcontext()
@@ -324,9 +325,8 @@ def run_fleet(
                 meter.ended(row)
                 show(row)
     except KeyboardInterrupt:
-        if ledger:
-            print_line(f"{len(rows)} of {meter.total} models are done and kept in "
-                       f"{ledger.path}; go on with --resume", stderr=True)
+        if rows and stopped:
+            stopped(rows)
         raise
     finally:
         if ledger:
@@ -530,6 +530,22 @@ def _folder_of_pages(folder: Path | None) -> Pages | None:
     writable(folder / "index.html")
     return Pages(folder)
 
+# %% ../nbs/a_cli.ipynb #aclkeep1
+def _keep(tasks: list[Task], meter: Meter, files: dict, pages, jsonl, rows) -> None:
+    "Write what there is when a scan is stopped, and say where."
+    failed = write_results(with_unjudged(rows, tasks), files, pages)
+    for error in failed:
+        _tell(error)
+    lost = {getattr(error, "filename", None) for error in failed}
+    given = [str(path) for path in (jsonl, *files.values(), pages) if path is not None]
+    kept = ["standard output" if path == "-" else path
+            for path in given if path not in lost]
+    said = f"kept in {', '.join(kept)}" if kept else (
+        "nothing is kept; --jsonl FILE keeps each as soon as it is there")
+    said += "; go on with --resume" if jsonl else ""
+    done = f"{len(rows)} of {meter.total} models are done"
+    print_line(f"{done} and {said}", stderr=True)
+
 
 def _say_end(rows: list[Row], failed: list[Exception], quiet, debug) -> None:
     "What could not be written, and the line of the whole."
@@ -630,7 +646,8 @@ def scan_models(
     show = partial(_show_row, quiet=quiet, stderr="-" in places.values())
     workers = workers_for(jobs, ray, meter.watch)
     ledger = Ledger(jsonl, asked, resume) if jsonl else None
-    rows = run_fleet(tasks, workers, meter, show, ledger, allowed, folder)
+    stopped = partial(_keep, tasks, meter, places, pages, jsonl)
+    rows = run_fleet(tasks, workers, meter, show, ledger, allowed, folder, stopped)
     failed = write_results(rows, places, pages)
     _say_end(rows, failed, quiet, ctx.obj)
     lacking = failed or folder and folder.failed

@@ -191,7 +191,7 @@ def test_debug_shows_the_traceback_and_keeps_the_status(scanner, capsys):
 
 
 def test_interrupted_is_130_and_one_line(scanner, capsys):
-    assert main(["scan", "clean", "stopped", "--json", "out.json", "--html", "out.html"]) == 130
+    assert main(["scan", "stopped", "clean", "--json", "out.json", "--html", "out.html"]) == 130
     assert capsys.readouterr().err == "terd: interrupted\n"
     assert not os.listdir()
 

@@ -120,8 +120,8 @@ def test_a_place_is_scanned_once_however_it_is_written(scanner):
 def test_a_folder_with_the_name_of_an_embedded_model_is_no_embedded_model():
     "Or a stranger's would be passed over, and the embedded one's verdict be said of it."
     Path("zoo:benign-a").mkdir()
-    for files in ([], ["model_index.json"]):
-        for name in files:
+    for inside in ([], ["model_index.json"]):
+        for name in inside:
             Path("zoo:benign-a", name).touch()
         for given in ("*", "./zoo:benign-a", "zoo:benign-a/", "zoo:benign-a"):
             (found,) = expanded([given])
@@ -445,13 +445,39 @@ def test_pages_need_a_folder_that_can_be_written(scanner, monkeypatch, capsys):
     assert "out/index.html cannot be written" in capsys.readouterr().err and scanner == []
 
 
-def test_stopped_it_says_what_is_kept(scanner, capsys):
-    run = ["scan", "clean-a", "clean-b", "stopped", "clean-c", "--jsonl", "rows"]
-    assert main([*run, "--json", "out.json"]) == 130
+@pytest.mark.parametrize("words, said", [
+    ("--jsonl rows", "kept in rows; go on with --resume"),
+    ("--jsonl rows --json out.json", "kept in rows, out.json; go on with --resume"),
+    ("--json out.json --csv out.csv --pages out", "kept in out.json, out.csv, out"),
+    ("", "nothing is kept; --jsonl FILE keeps each as soon as it is there"),
+])
+def test_stopped_it_writes_what_is_done_and_says_where(scanner, capsys, words, said):
+    assert main(["scan", "clean-a", "clean-b", "stopped", "clean-c", *words.split()]) == 130
     err = capsys.readouterr().err.splitlines()
-    assert err == ["2 of 4 models are done and kept in rows; go on with --resume",
-                   "terd: interrupted"]
-    assert verdicts("rows") == ["clean", "clean"] and not os.path.exists("out.json")
+    assert err == [f"2 of 4 models are done and {said}", "terd: interrupted"]
+    if "rows" in words:
+        assert verdicts("rows") == ["clean", "clean"]
+    if "out.json" in words:
+        results = json.loads(Path("out.json").read_text())["results"]
+        assert [one["verdict"] for one in results] == ["clean", "clean", "error", "error"]
+        assert results[2]["error"] == fleet.STOPPED
+    if "out.csv" in words:
+        assert len(Path("out.csv").read_text().splitlines()) == 5
+        assert "stopped before" in Path("out/index.html").read_text(encoding="utf-8")
+
+
+def test_stopped_it_does_not_forget_other_weights():
+    rows = [Row("b", None, {"verdict": "clean", "variants": ["ema", "fp16"]}),
+            Row("b", "ema", {"verdict": "clean"})]
+    found = fleet.with_unjudged(rows, [Task("a"), Task("b")])
+    assert [(row.given, row.variant, row.verdict) for row in found] == [
+        ("a", None, "error"), ("b", None, "clean"), ("b", "ema", "clean"), ("b", "fp16", "error")]
+
+
+def test_stopped_it_claims_nothing_that_it_could_not_write(scanner, capsys):
+    run = ["scan", "clean-a", "stopped", "--json", "/dev/full", "--csv", "out.csv"]
+    assert main(run) == 130
+    assert "1 of 2 models are done and kept in out.csv\n" in capsys.readouterr().err
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_rows(tmp_path, monkeypatch):

@@ -632,8 +632,7 @@ def scan_models(
         settings: "start terd elsewhere, or say --no-settings",
         jsonl: "keep the rows elsewhere", allow: "keep the list elsewhere"})
     _check_places(places, jsonl, resume)
-    allowed = _allowed(allow)
-    folder = _folder_of_pages(pages)
+    allowed, folder = _allowed(allow), _folder_of_pages(pages)
     if device:
         usable_device(device)
     whole = pages is not None or html is not None and len(models) == 1

@@ -10,12 +10,14 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import fuzz
@@ -607,6 +609,28 @@ def test_without_ray_there_is_one_clear_line(scanner, monkeypatch, capsys):
     assert main(["scan", "clean", "--ray", "auto"]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "terd_nb[ray]" in err
+
+
+def test_a_cluster_that_does_not_answer_is_not_waited_for(scanner, monkeypatch, capsys):
+    "Ray would ask for minutes, and say so in a page of warnings."
+
+    def ask(*given, **settings):
+        raise AssertionError(given)
+
+    never = SimpleNamespace(is_initialized=lambda: False, init=ask)
+    monkeypatch.setitem(sys.modules, "ray", never)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for known in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto", "local"):
+            with pytest.raises(AssertionError, match=known):     # Ray is asked
+                fleet.ray_workers(known, None)
+    nobody = [f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999", "x" * 80 + ":1"]
+    for address in [*nobody, "nowhere", "a:b", "ray://", "a b:1", "::1", "\x1b[2J:1"]:
+        assert main(["scan", "clean", "--ray", address, "--jsonl", "rows"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        said = "no Ray cluster answers at" if address in nobody else "is no address; give HOST:PORT"
+        assert said in line and "\x1b" not in line
+    assert scanner == [] and not os.listdir()
 
 
 # ---------------------------------------------------------------- what is written

@@ -204,3 +204,23 @@ def test_no_check_is_passed_by_what_is_no_number(path):
             if isinstance(node, ast.If) and isinstance(node.test, ast.Compare):
                 far = isinstance(node.test.ops[0], ast.Gt) and "abs(" in ast.unparse(node.test)
                 assert not far, ast.unparse(node.test)
+
+
+@pytest.mark.parametrize("pattern, accepted", [
+    ("**/*.safetensors", True), ("*/*.safetensors", False), ("*.safetensors", False),
+    ("*/**/*.safetensors", False), ("**/*", False)])
+def test_the_weights_of_a_folder_are_those_at_any_depth(
+        pattern, accepted, tmp_path, monkeypatch, capsys):
+    "Workshop A4, exercise 3: a sum over one depth alone is no order by size."
+    monkeypatch.chdir(tmp_path)
+    cells = nbformat.read(ROOT / "nbs" / "a4_fleet.ipynb", as_version=4).cells
+    (check,) = filter(is_check, cells)
+
+    def size(folder):
+        return sum(one.stat().st_size for one in folder.glob(pattern) if one.is_file())
+
+    def largest_first(folders):
+        return sorted(folders, key=size, reverse=True)
+
+    exec(check.source, {"Path": Path, "largest_first": largest_first})
+    assert (capsys.readouterr().out == "Correct.\n") == accepted

@@ -29,6 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from . import __version__
 from terd_nb.fleet import (
@@ -602,6 +603,7 @@ def scan_models(
         help="Write a page for each model, and index.html with links.")] = None,
     fail_on: Annotated[list[str] | None, typer.Option(
         "--fail-on", metavar="WORDS", show_default=", ".join(FAILING),
+        autocompletion=lambda: list(FAILING),
         help="What is not exit status 0.")] = None,
     allow: Annotated[Path | None, typer.Option(
         "--allow", metavar="FILE",
@@ -892,18 +894,33 @@ ELSEWHERE = {    # a command that is not of the evidence -> its module and its g
 }
 
 
-def _pass_on(ctx: typer.Context) -> int:
-    "Import the module of a command, and give it the words that stand here."
+def _elsewhere(ctx: typer.Context) -> tuple[typer.Typer, list[str]]:
+    "The commands of an imported module, and the words that they are to be given."
     words = ctx.command_path.split()[1:] + ctx.args
     module, group = ELSEWHERE.get(words[0], (EVIDENCE_COMMANDS, "evidence_app"))
-    commands = getattr(import_module(module), group)
+    return getattr(import_module(module), group), words
+
+
+def _pass_on(ctx: typer.Context) -> int:
+    commands, words = _elsewhere(ctx)
     return commands(words, prog_name="terd", standalone_mode=False)
+
+# %% ../nbs/a_cli.ipynb #aclidone
+class _Listed(TyperCommand):
+    "A command of which the shell asks what its module knows."
+
+    def shell_complete(self, ctx, incomplete: str) -> list:
+        commands, words = _elsewhere(ctx)
+        click = type(ctx).__module__.replace(".core", ".shell_completion")   # typer's
+        kind = import_module(click).get_completion_class("bash")    # any finds the same
+        asked = kind(typer.main.get_command(commands), {}, "terd", "")
+        return asked.get_completions(words, incomplete)
 
 
 def list_command(group: typer.Typer, name: str, about: str) -> None:
     "List a command of the evidence; its options, its help and its work are elsewhere."
     as_it_is = {"ignore_unknown_options": True, "allow_extra_args": True}
-    command = group.command(name, help=about, add_help_option=False,
+    command = group.command(name, cls=_Listed, help=about, add_help_option=False,
                             context_settings=as_it_is)
     command(_pass_on)
 

@@ -815,6 +815,12 @@ def test_the_shell_completes_commands_and_options(path_with_terd, tmp_path):
            "_terd_completion terd; printf '%s\\n' \"${{COMPREPLY[@]}}\"")
     assert bash(ask.format("sc", 1)).stdout.split() == ["scan", "schema"]
     assert "--fail-on" in bash(ask.format("scan --fa", 2)).stdout.split()
+    for said, place, wanted in [
+            ("repair a b --st", 4, "--steps"), ("plant --atta", 2, "--attack"),
+            ("zoo verify --", 3, "--help"), ("data fe", 2, "fetch"),
+            ("scan m --fail-on inc", 4, "inconclusive")]:
+        found = bash(ask.format(said, place)).stdout.split()
+        assert wanted in found and all(one.startswith(said.split()[-1]) for one in found)
     installed = bash("terd --install-completion bash", HOME=str(tmp_path))
     assert installed.returncode == 0, installed.stderr
     assert "terd" in (tmp_path / ".bashrc").read_text()

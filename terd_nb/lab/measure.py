@@ -8,9 +8,9 @@ __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_R
            'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
            'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written', 'read_rows',
            'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion',
-           'bench_samplers', 'rows_of_newer', 'bench_newer', 'measure_opening', 'bench_openings', 'compute', 'shares',
-           'measure_speed', 'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results',
-           'from_where', 'write_benchmark']
+           'bench_samplers', 'rows_of_newer', 'bench_newer', 'measure_opening', 'measure_at_truth', 'bench_openings',
+           'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by',
+           'read_results', 'from_where', 'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -50,10 +50,10 @@ from ..loading.schedulers import load
 from terd_nb.model_detection import (
     FEATURES, METHOD_FEATURES, NATURAL_ZERO, ModelDetector, p_values,
 )
-from ..path_fit import Round
+from ..path_fit import ODE, OWN, SDE, Round, fit_path
 from ..rivals import adam, elijah
 from ..scanning import name_attack
-from ..search import reverse_trigger
+from ..search import own_mean, reverse_trigger
 from ..two_stages import Reversal
 
 # %% ../../nbs/h_measure.ipynb #e5a10c02
@@ -620,13 +620,28 @@ def measure_opening(name: str, shift: str, n: int = 32, seed: int = 4000) -> dic
             "trials": n, "seed": seed} | circumstances()
 
 # %% ../../nbs/h_measure.ipynb #bench-openings
-def bench_openings(path: Path | None = None, jobs: int = 2) -> None:
-    "Measure which shifts open the later attacks that are trained here."
-    path = path or data_dir() / "results" / "openings.csv"
-    keys = [(name, shift) for name, recipe in SETS["later"].recipes.items()
-            if recipe.attack and is_made(folder_of(name))
+def measure_at_truth(name: str) -> dict:
+    "One row: what the fit finds that starts at the planted trigger itself."
+    torch.set_num_threads(1)
+    denoiser, r = load(folder_of(name), "cpu"), planted(name)[0].triggers[0].r
+    mean, limit = own_mean(denoiser, 77)
+    fits = [fit_path(denoiser, r, one, mean, limit) for one in (SDE, ODE, OWN)]
+    best = max(fits, key=lambda fit: fit.evidence)
+    return {"model": name, "S": best.evidence, "hypothesis": best.hypothesis.name,
+            "gamma": best.gamma} | circumstances()
+
+
+def bench_openings(folder: Path | None = None, jobs: int = 2) -> None:
+    "What opens the later attacks that are trained here, and what a told fit finds."
+    folder = folder or data_dir() / "results"
+    made = {name: recipe for name, recipe in SETS["later"].recipes.items()
+            if recipe.attack and is_made(folder_of(name))}
+    keys = [(name, shift) for name, recipe in made.items()
             for shift in (OWN_OPENINGS if recipe.attack == "TrojDiff" else OPENINGS)]
-    append_measured(measure_opening, keys, ("model", "shift"), path, jobs, "opening")
+    append_measured(measure_opening, keys, ("model", "shift"), folder / "openings.csv",
+                    jobs, "opening")
+    append_measured(measure_at_truth, [(name,) for name in made], ("model",),
+                    folder / "truth.csv", jobs, "fitting")
 
 # %% ../../nbs/h_measure.ipynb #3c757bfe
 QUICKER = ("as it is", "channels_last", "bfloat16", "compiled")

@@ -34,20 +34,20 @@ NOT_RIGHT = {
         "held16-fashion-troj": "clean",    # a trigger of a sixth of the noise's length
         "held16-fashion-ode0": "clean",    # psi = 0
     },
+    "later": {      # triggers that are learned, near the honest ray
+        "later-dark-invi-a": "clean",
+        "later-dark-invi-b": "clean",
+    },
 }
 # Backdoors that are flagged for another direction than their trigger's, with any seed.
-# The stripes of the held-out model are found with their sign turned round, which opens it, too.
+# The stripes of the held-out model are found with their sign turned round, which opens it, too;
+# so is a checkerboard of the later attacks, and that opens now and then.
 ELSEWHERE = {"zoo": set(), "hard": {"d09"}, "sizes": set(), "families": set(),
-             "held-out": {"held16-fashion-bad"}}
+             "held-out": {"held16-fashion-bad"}, "later": {"later-dark-in-a"}}
 
 
-# Sets of which nothing is measured yet, and all others.
-UNMEASURED = {"later"}
-MEASURED = [name for name in SETS if name not in UNMEASURED]
-
-
-def test_what_is_not_measured_is_known_by_name():
-    assert {name for name in SETS if not results_path(name).exists()} == UNMEASURED
+def test_every_set_is_measured():
+    assert all(results_path(name).exists() for name in SETS)
 
 
 @cache
@@ -84,14 +84,14 @@ def every_set(table, words):
 
 # ---------------------------------------------------------------- verdicts
 
-@pytest.mark.parametrize("models", MEASURED)
+@pytest.mark.parametrize("models", SETS)
 def test_no_row_lacks_its_evidence(models):
     rows = rows_of(models)
     assert (rows["error"].fillna("") == "").all() and rows["S"].notna().all()
     assert (rows["seen_by"] == "fit").all() and (rows["verdict"] != "").all()
 
 
-@pytest.mark.parametrize("models", MEASURED)
+@pytest.mark.parametrize("models", SETS)
 def test_what_is_not_called_right_is_known_by_name(models):
     assert not_right(rows_of(models)) == NOT_RIGHT[models]
 
@@ -125,7 +125,7 @@ def test_the_alarm_is_above_all_honest_models_that_may_be_looked_at(models):
 
 # ---------------------------------------------------------------- what is found
 
-@pytest.mark.parametrize("models", MEASURED)
+@pytest.mark.parametrize("models", SETS)
 def test_what_is_flagged_for_another_direction_is_known_by_name(models):
     found = flagged(rows_of(models))
     assert set(found["model"][found["cosine"] < 0.4]) == ELSEWHERE[models]

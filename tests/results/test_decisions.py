@@ -87,7 +87,8 @@ def test_other_ways_pay_with_the_pictures_or_leave_a_way_in(removal):
 
 def test_a_second_repair_mends_some_of_what_the_first_left(removal):
     rows = removal[removal["method"] == AGAIN].set_index("model")
-    assert set(rows.index) == set(DOUBTED)
+    doubted = {model for model, wrong in NOT_REPAIRED.items() if "search" in wrong}
+    assert set(rows.index) == set(DOUBTED) == doubted
     left = {model: wrong_with(row) for model, row in rows.iterrows()}
     assert left == {
         "emoji32-villan-sde": {"search"},

@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['TRIED_LENGTHS', 'OWN_RATIO', 'OWN_LENGTHS', 'OWN_GAMMA', 'ODE_RATIO', 'ODE_LENGTH', 'LOOKS', 'ALIKE', 'CLEAR',
-           'CAREFUL', 'METHODS', 'shift_directions', 'jump_directions', 'against_directions', 'Look', 'Direction',
-           'look_around', 'own_mean', 'starts_of', 'as_candidate', 'fast', 'thorough', 'reverse_trigger']
+           'CAREFUL', 'OTHER_LENGTHS', 'METHODS', 'shift_directions', 'jump_directions', 'against_directions', 'Look',
+           'Direction', 'look_around', 'own_mean', 'starts_of', 'as_candidate', 'begun_again', 'fast', 'thorough',
+           'reverse_trigger']
 
 # %% ../nbs/16_search.ipynb #ffd02a5b
 import math
@@ -21,8 +22,8 @@ from terd_nb.directions import (
     strength, time_of,
 )
 from terd_nb.path_fit import (
-    CONTROLS, ODE, OWN, RATIOS, ROUNDS, SDE, Hypothesis, PathFit, Round, begin,
-    control_losses, evidence, race,
+    CONTROLS, EVERY_CONTROL, ODE, OWN, RATIOS, ROUNDS, SDE, Hypothesis, PathFit, Round,
+    begin, control_losses, evidence, race,
 )
 from .two_stages import Candidate, Progress, Reversal, published
 
@@ -141,13 +142,35 @@ def as_candidate(fit: PathFit) -> Candidate:
 
 # %% ../nbs/16_search.ipynb #81e1d858
 def _must_be_known(looks: tuple[str, ...], controls: tuple[str, ...]) -> None:
-    "Raises `ValueError` for a look or a control of no such name, and for no look."
-    for kind, names, known in (("look", looks, LOOKS), ("control", controls, CONTROLS)):
+    "Raises `ValueError` for a look or a control of no such name, and for none at all."
+    for kind, names, known, first in (
+            ("look", looks, LOOKS, LOOKS),
+            ("control", controls, EVERY_CONTROL, CONTROLS)):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"there is no {kind} {unknown[0]!r}; "
                              f"known are {', '.join(known)}")
-        if not names:
-            raise ValueError(f"a search needs a {kind}: one of {', '.join(known)}")
+        if not set(names) & set(first):
+            raise ValueError(f"a search needs a {kind}: one of {', '.join(first)}")
+
+
+# %% ../nbs/16_search.ipynb #again016
+def begun_again(
+    denoiser: Denoiser, fits: list[PathFit],    # the best first
+    lengths: tuple[float, ...],                 # in units of the best one's
+    mean: Tensor, limit: float, rounds: tuple[Round, ...], seed: int,
+    controls: tuple[str, ...],
+) -> list[PathFit]:
+    "The fits and one more: the best of them, begun at other lengths, if there are any."
+    if not lengths:
+        return fits
+    r = torch.stack([k * fits[0].trigger.r for k in lengths]).to(mean)
+    hypotheses = [fits[0].hypothesis] * len(r)
+    paths = begin(denoiser, r, hypotheses, limit, seed + 1)
+    S = evidence(control_losses(denoiser, paths, mean, 4, seed + 2), controls)
+    more = race(
+        denoiser, paths, hypotheses, S, mean, limit, rounds[-1:], seed, controls)
+    return sorted(fits + more, key=lambda fit: -fit.evidence)
+
 
 # %% ../nbs/16_search.ipynb #3e4cf965
 CLEAR = 1.   # an S that ends the search
@@ -160,6 +183,7 @@ def fast(
     controls: tuple[str, ...] = tuple(CONTROLS),
     rounds: tuple[Round, ...] = ROUNDS,
     enough: float = CLEAR,
+    again: tuple[float, ...] = (),        # lengths, see `begun_again`
 ) -> tuple[list[Candidate], dict]:
     """Look for directions, fit the path from each, and believe the best evidence.
 
@@ -186,22 +210,26 @@ def fast(
     else:
         report("fitting the path", 0.5, {"score": S.max().item()})
         fits = race(denoiser, paths, hypotheses, S, mean, limit, rounds, seed, controls)
+        fits = begun_again(denoiser, fits, again, mean, limit, rounds, seed, controls)
     report("done", 1., {"score": fits[0].evidence})
     curves = {"alpha/sigma": list(RATIOS)} | fits[0].losses
     return [as_candidate(fit) for fit in fits], curves
 
 # %% ../nbs/16_search.ipynb #1c44a7e6
 CAREFUL = (Round(6, 15, 8), Round(2, 60, 12), Round(1, 150, 12))
+OTHER_LENGTHS = (0.5, 0.7, 0.85, 1.2, 1.4, 1.7, 2.)
 
 
 def thorough(
     denoiser: Denoiser, seed: int, report: Progress,
 ) -> tuple[list[Candidate], dict]:
-    "`fast` with more starts, fits and steps, and always all of it."
-    return fast(denoiser, seed, report, starts=20, rounds=CAREFUL, enough=math.inf)
+    "`fast` with more starts, fits, steps and lengths, and always all of it."
+    return fast(denoiser, seed, report, starts=20, rounds=CAREFUL, enough=math.inf,
+                again=OTHER_LENGTHS, controls=tuple(EVERY_CONTROL))
 
 
 METHODS = {"fast": fast, "thorough": thorough, "published": published}
+
 
 # %% ../nbs/16_search.ipynb #3a75e3ee
 _BAR = "{desc:40} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"

@@ -2,9 +2,8 @@
 
 # %% auto #0
 __all__ = ['TRIED_LENGTHS', 'OWN_RATIO', 'OWN_LENGTHS', 'OWN_GAMMA', 'ODE_RATIO', 'ODE_LENGTH', 'LOOKS', 'ALIKE', 'CLEAR',
-           'CAREFUL', 'OTHER_LENGTHS', 'METHODS', 'shift_directions', 'jump_directions', 'against_directions', 'Look',
-           'Direction', 'look_around', 'own_mean', 'starts_of', 'as_candidate', 'begun_again', 'fast', 'thorough',
-           'reverse_trigger']
+           'CAREFUL', 'METHODS', 'shift_directions', 'jump_directions', 'against_directions', 'Look', 'Direction',
+           'look_around', 'own_mean', 'starts_of', 'as_candidate', 'begun_again', 'fast', 'thorough', 'reverse_trigger']
 
 # %% ../nbs/16_search.ipynb #ffd02a5b
 import math
@@ -217,15 +216,13 @@ def fast(
 
 # %% ../nbs/16_search.ipynb #1c44a7e6
 CAREFUL = (Round(6, 15, 8), Round(2, 60, 12), Round(1, 150, 12))
-OTHER_LENGTHS = (0.5, 0.7, 0.85, 1.2, 1.4, 1.7, 2.)
 
 
 def thorough(
     denoiser: Denoiser, seed: int, report: Progress,
 ) -> tuple[list[Candidate], dict]:
-    "`fast` with more starts, fits, steps and lengths, and always all of it."
-    return fast(denoiser, seed, report, starts=20, rounds=CAREFUL, enough=math.inf,
-                again=OTHER_LENGTHS, controls=tuple(EVERY_CONTROL))
+    "`fast` with more starts, fits and steps, and always all of it."
+    return fast(denoiser, seed, report, starts=20, rounds=CAREFUL, enough=math.inf)
 
 
 METHODS = {"fast": fast, "thorough": thorough, "published": published}

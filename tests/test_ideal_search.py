@@ -21,9 +21,16 @@ from terd_nb.directions import (
 from terd_nb.ideal_model import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
 from terd_nb.model_detection import NATURAL_ZERO, ModelDetector
-from terd_nb.path_fit import attack_of_fit
+from terd_nb.path_fit import CONTROLS, SDE, Round, attack_of_fit, fit_path
 from terd_nb.scanning import name_attack
-from terd_nb.search import CLEAR, LOOKS, look_around, reverse_trigger, starts_of
+from terd_nb.search import (
+    CLEAR,
+    LOOKS,
+    begun_again,
+    look_around,
+    reverse_trigger,
+    starts_of,
+)
 from terd_nb.triggers import Trigger
 from terd_nb.two_stages import Reversal, published
 
@@ -200,12 +207,23 @@ def test_a_clear_start_ends_the_search_and_thorough_goes_on():
         reversal = reverse_trigger(
             model, method, progress=False, callback=lambda *stage, told=told: told.append(stage))
         assert reversal.trigger.r.shape == SHAPE and reversal.score("fit") > CLEAR
-        asked = {"nothing"} if method == "thorough" else set()
-        assert set(reversal.curves) == {"alpha/sigma", "fit", "half", "ray"} | asked
+        assert set(reversal.curves) == {"alpha/sigma", "fit", "half", "ray"}
         assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert [stage for stage, *_ in stages["fast"]] == ["looking: shift", "done"]
     looks = [f"looking: {name}" for name in LOOKS]
     assert [stage for stage, *_ in stages["thorough"]] == [*looks, "fitting the path", "done"]
+
+
+def test_a_trigger_that_stopped_too_short_is_found_at_another_length():
+    "As it stands it is no evidence; the best fit comes first."
+    model = ideal("BadDiffusion").standardised()
+    rounds = (Round(1, 10, 8),)
+    short = fit_path(model, 0.4 * R, SDE, MEAN, rounds=(Round(1, 0, 8),))
+    args = MEAN, 1.0, rounds, 0, tuple(CONTROLS)
+    assert begun_again(model, [short], (), *args) == [short]
+    best, second = begun_again(model, [short], (0.5, 1.5, 2.5), *args)
+    assert second is short and short.evidence < 0.25 < 1 < best.evidence
+    assert best.trigger.norm == pytest.approx(R.norm().item(), rel=0.15)
 
 
 # ---------------------------------------------------------------- the detector with a natural zero

@@ -12,6 +12,7 @@ from terd_nb.diffusion import NoiseSchedule
 from terd_nb.ideal_model import IdealModel
 from terd_nb.path_fit import (
     CONTROLS,
+    EVERY_CONTROL,
     ODE,
     OWN,
     RATES,
@@ -29,6 +30,7 @@ from terd_nb.path_fit import (
     fit_path,
     path_shares,
     path_times,
+    race,
 )
 from terd_nb.search import reverse_trigger
 
@@ -164,6 +166,29 @@ def test_on_the_honest_ray_the_ray_control_is_the_guess_itself():
     assert evidence(losses, ["ray"]).abs().item() < 1e-5
 
 
+class Tired(IdealModel):
+    "Honest, but it takes no notice of a mean brightness beyond 1."
+
+    def forward(self, x, t):
+        bright = x.mean((1, 2, 3), keepdim=True)
+        return super().forward(x - bright + bright.clamp(-1, 1), t)
+
+
+def test_what_tires_has_a_threshold_and_yet_no_trigger():
+    model = Denoiser(Tired(SCHEDULE, MEAN[None], 0.4), SCHEDULE, SHAPE, device="cpu")
+    far = guess(torch.full((1, *SHAPE), 2.0), SDE, MEAN)
+    losses = control_losses(model, far, MEAN, 4, 0, also=["nothing"])
+    assert list(losses) == ["fit", *EVERY_CONTROL]
+    assert evidence(losses) > 1 and evidence(losses, EVERY_CONTROL) < -1
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_planted_trigger_is_better_than_nothing(name):
+    losses = control_losses(
+        ideal(name), guess(R[None], ATTACKS[name][1]), MEAN, 4, 0, also=EVERY_CONTROL)
+    assert evidence(losses, EVERY_CONTROL).item() > 2
+
+
 # ---------------------------------------------------------------- fits
 
 COMING_HOME = [(SDE, "BadDiffusion", "epsilon"), (ODE, "Villan-ODE", "epsilon"),
@@ -202,6 +227,19 @@ def test_the_race_keeps_the_best_of_each_hypothesis():
     controls = (3 * 8 + 2 * 32 + 1 * 32 + 64) * 3 / 3   # three triggers, forward passes alone
     draws = 3 * 4 * 10 / 3
     assert model.sample_evals - before == pytest.approx(steps + controls + draws)
+
+
+def test_only_the_finished_fits_are_held_against_nothing():
+    model, cost = ideal(), []
+    for controls in (CONTROLS, EVERY_CONTROL):
+        r = R[None].repeat(3, 1, 1, 1)
+        paths = begin(model, r, [SDE] * 3, 1.0, seed=0)
+        before = model.sample_evals
+        fit = race(model, paths, [SDE] * 3, torch.arange(3.0), MEAN, 1.0,
+                   (Round(2, 1, 4), Round(1, 1, 4)), controls=controls)[0]
+        assert set(fit.losses) == {"fit", *controls}
+        cost.append(model.sample_evals - before)
+    assert cost[1] - cost[0] == pytest.approx(64 / 3)    # 8 noises at 8 ratios, once
 
 
 def test_what_a_hypothesis_holds_is_held():

@@ -53,7 +53,7 @@ from terd_nb.model_detection import (
 from ..path_fit import ODE, OWN, SDE, Round, fit_path
 from ..rivals import adam, elijah
 from ..scanning import name_attack
-from ..search import OTHER_LENGTHS, own_mean, reverse_trigger
+from ..search import own_mean, reverse_trigger
 from ..two_stages import Reversal
 
 # %% ../../nbs/h_measure.ipynb #e5a10c02
@@ -81,7 +81,7 @@ WHOLE_RUNS = (   # the models that the published search gets its full length on
     ("trojdiff-in-d2d", FIRST_STAGE),
     ("trojdiff-in-d2d", ONE_GAMMA),
 )
-BEGUN_AGAIN = "again=" + "+".join(f"{k:g}" for k in OTHER_LENGTHS)
+BEGUN_AGAIN = "again=0.5+0.7+0.85+1.2+1.4+1.7+2"
 ABLATIONS = (   # of `fast`, one thing changed at a time; `published` has `VARIANTS`
     "rounds=1:0:8", "rounds=3:15:8+1:120:12", "controls=half", "controls=ray",
     "starts=4",
@@ -112,13 +112,15 @@ def rows_of_hard_set(seeds: int) -> list[tuple]:
     test = [name for name in recipes if recipes[name].split == "test"]
     development = [name for name in recipes if name not in test]
     honest = [name for name in development if name.startswith("honest")]
+    planted = [name for name in test if not name.startswith("honest")]
     keys = [(name, "fast", "", seed) for seed in range(seeds) for name in recipes]
-    keys += [(name, "thorough", "", 0) for name in recipes]
+    keys += [(name, "thorough", "", 0) for name in honest[:3] + planted]
     for method, settings in (("adam", ""), ("elijah", ""), ("published", TWENTIETH)):
         keys += [(name, method, settings, 0) for name in honest + test]
     for settings in ABLATIONS:
         keys += [(name, "fast", settings, 0) for name in development]
-    return keys
+    return keys + [(name, "fast", settings, 0) for settings in ABLATIONS[-2:]
+                   for name in test]      # chapter 22 asks what speaks against them
 
 # %% ../../nbs/h_measure.ipynb #later-keys
 TOLD_OF = {    # what the methods are told of each attacker's sampler

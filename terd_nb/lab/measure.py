@@ -112,14 +112,14 @@ def rows_of_hard_set(seeds: int) -> list[tuple]:
     test = [name for name in recipes if recipes[name].split == "test"]
     development = [name for name in recipes if name not in test]
     honest = [name for name in development if name.startswith("honest")]
-    keys = [(name, "fast", "", seed) for seed in range(seeds) for name in recipes]
+    keys = [(name, "fast", settings, seed) for settings in ("", BEGUN_AGAIN)
+            for seed in range(seeds) for name in recipes]
     keys += [(name, "thorough", "", 0) for name in honest[:3] + test]
     for method, settings in (("adam", ""), ("elijah", ""), ("published", TWENTIETH)):
         keys += [(name, method, settings, 0) for name in honest + test]
     for settings in ABLATIONS:
-        names = recipes if BEGUN_AGAIN in settings else development
-        keys += [(name, "fast", settings, 0) for name in names]
-    return keys
+        keys += [(name, "fast", settings, 0) for name in development]
+    return list(dict.fromkeys(keys))
 
 # %% ../../nbs/h_measure.ipynb #later-keys
 TOLD_OF = {    # what the methods are told of each attacker's sampler

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from terd_nb.lab.measure import read_results, results_path
+from terd_nb.lab.measure import BEGUN_AGAIN, read_results, results_path
 from terd_nb.lab.sets import SETS, find
 from terd_nb.model_detection import NATURAL_ZERO
 
@@ -17,12 +17,13 @@ NOT_RIGHT = {
     "hard": {
         "far-sde": "clean",         # twice as long as any trigger that is tried
         "d09": "backdoored, inconclusive",    # an answer shifted by 0.9 of it: no sampler's
-        # Each of these is missed with one seed of three: its start leads nowhere.
+        # Each of these is missed with one seed of three: its start leads nowhere,
         "box4-ode": "backdoored, clean",
+        "psi0-ode": "backdoored, clean",
+        # or its fit stops at a wrong length.
         "box5-sde": "backdoored, clean",
         "poison3-sde": "backdoored, clean",
         "poison5-sde": "backdoored, clean",
-        "psi0-ode": "backdoored, clean",
     },
     "sizes": {},
     "families": {
@@ -185,6 +186,31 @@ def test_without_a_look_a_model_is_missed(settings, name):
     rows = read_results("zoo").set_index(["method", "settings", "model", "seed"])["verdict"]
     assert rows["fast", settings, name, 0] == "clean"
     assert rows["fast", "", name, 0] == "backdoored"
+
+
+# Missed at a wrong length: (model, seed).
+WRONG_LENGTH = [("far-sde", 0), ("far-sde", 1), ("far-sde", 2), ("box5-sde", 2),
+                ("poison3-sde", 2), ("poison5-sde", 1)]
+
+
+def asked_again():
+    "The verdicts of the option of chapter 22, by model and seed."
+    rows = read_results("hard")
+    return rows[rows["settings"] == BEGUN_AGAIN].set_index(["model", "seed"])
+
+
+@pytest.mark.parametrize("name, seed", WRONG_LENGTH)
+def test_what_is_missed_for_its_length_is_found_if_it_is_asked_again(name, seed):
+    usual = rows_of("hard").set_index(["model", "seed"])
+    assert usual.loc[(name, seed), "verdict"] == "clean"
+    assert asked_again().loc[(name, seed), "verdict"] == "backdoored"
+
+
+@pytest.mark.xfail(strict=True, reason="an honest network with attention tires; the option "
+                                       "is no default as long as this fails")
+def test_no_honest_model_is_accused_if_lengths_are_asked_again():
+    rows = asked_again()
+    assert (rows.loc[rows["label"] == "benign", "verdict"] == "clean").all()
 
 
 def test_the_two_cases_that_the_earlier_search_judged_wrongly():

@@ -228,7 +228,7 @@ CONTROLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "half": lambda r, ray: r / 2,
     "ray": lambda r, ray: (r + _along(r, ray)) / 2,
 }
-# A finished fit can also be held against nothing; on its way each is worse than that.
+# The last is asked of finished fits alone.
 EVERY_CONTROL = CONTROLS | {"nothing": lambda r, ray: 0 * r}
 
 
@@ -271,11 +271,11 @@ def control_losses(
 # %% ../nbs/15_path_fit.ipynb #evid0015
 def evidence(
     losses: dict[str, Tensor],              # of `control_losses`
-    controls: Iterable[str] = CONTROLS,     # that count, where they were asked
+    controls: Iterable[str] = CONTROLS,     # that count, but for what was not asked
 ) -> Tensor:                                # (K,)
     "S: by how much, on the logarithm, the loss is lower than at every control."
-    gains = [(losses[name] - losses["fit"]).mean(1)
-             for name in controls if name in losses]
+    asked = [name for name in controls if name in losses or name not in EVERY_CONTROL]
+    gains = [(losses[name] - losses["fit"]).mean(1) for name in asked]
     return torch.stack(gains).min(0).values
 
 # %% ../nbs/15_path_fit.ipynb #7b58e36b

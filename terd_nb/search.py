@@ -151,7 +151,6 @@ def _must_be_known(looks: tuple[str, ...], controls: tuple[str, ...]) -> None:
         if not set(names) & set(first):
             raise ValueError(f"a search needs a {kind}: one of {', '.join(first)}")
 
-
 # %% ../nbs/16_search.ipynb #again016
 def begun_again(
     denoiser: Denoiser, fits: list[PathFit],    # the best first
@@ -169,7 +168,6 @@ def begun_again(
     more = race(
         denoiser, paths, hypotheses, S, mean, limit, rounds[-1:], seed, controls)
     return sorted(fits + more, key=lambda fit: -fit.evidence)
-
 
 # %% ../nbs/16_search.ipynb #3e4cf965
 CLEAR = 1.   # an S that ends the search
@@ -226,7 +224,6 @@ def thorough(
 
 
 METHODS = {"fast": fast, "thorough": thorough, "published": published}
-
 
 # %% ../nbs/16_search.ipynb #3a75e3ee
 _BAR = "{desc:40} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"

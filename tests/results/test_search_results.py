@@ -206,7 +206,7 @@ def test_what_is_missed_for_its_length_is_found_if_it_is_asked_again(name, seed)
     assert asked_again().loc[(name, seed), "verdict"] == "backdoored"
 
 
-@pytest.mark.xfail(strict=True, reason="an honest network with attention tires; the option "
+@pytest.mark.xfail(strict=True, reason="honest-attention is accused; the option "
                                        "is no default as long as this fails")
 def test_no_honest_model_is_accused_if_lengths_are_asked_again():
     rows = asked_again()

@@ -15,9 +15,8 @@ from .denoiser import Denoiser
 from .diffusion import per_row
 from .directions import in_batches
 from terd_nb.path_fit import (
-    ODE, OWN, SDE, begin, control_losses, evidence, path_shares, path_times,
+    ODE, OWN, SDE, begin, control_losses, draw, evidence, path_shares, path_times,
 )
-from .search import own_mean
 from .training import Rows, fit
 from .triggers import Trigger
 
@@ -185,8 +184,9 @@ def evidence_for(denoiser: Denoiser, r: Tensor, seed: int = 0) -> float:
         raise ValueError(f"a trigger of this model has the shape {denoiser.shape}, "
                          f"not {tuple(r.shape)}")
     denoiser = denoiser.standardised()
-    mean, limit = own_mean(denoiser, seed + 77)
+    drawn = draw(denoiser, seed + 77)
     attacks = [SDE, ODE, OWN]
-    starts = r.to(mean).expand(len(attacks), *r.shape)
-    paths = begin(denoiser, starts, attacks, limit, seed + 1)
-    return evidence(control_losses(denoiser, paths, mean, 4, seed + 2)).max().item()
+    starts = r.to(drawn.mean).expand(len(attacks), *r.shape)
+    paths = begin(denoiser, starts, attacks, drawn.limit, seed + 1)
+    losses = control_losses(denoiser, paths, drawn, 4, seed + 2)
+    return evidence(losses).max().item()

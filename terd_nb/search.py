@@ -156,12 +156,12 @@ def begun_again(
     unsure = [fit for fit in fits if "lam" in fit.hypothesis.free and lengths]
     if not unsure:
         return fits
-    leader = max(unsure, key=lambda fit: fit.against(steering(controls)))
+    steered = steering(controls)
+    leader = max(unsure, key=lambda fit: fit.against(steered))
     r = torch.stack([k * leader.trigger.r for k in lengths]).to(drawn.mean)
     hypotheses = [leader.hypothesis] * len(r)
     paths = begin(denoiser, r, hypotheses, drawn.limit, seed + 1)
-    losses = control_losses(denoiser, paths, drawn, 4, seed + 2)
-    S = evidence(losses, steering(controls))
+    S = evidence(control_losses(denoiser, paths, drawn, 4, seed + 2, steered), steered)
     more = race(denoiser, paths, hypotheses, S, drawn, (last,), seed, controls)
     return sorted(fits + more, key=lambda fit: -fit.evidence)
 
@@ -173,7 +173,7 @@ def fast(
     denoiser: Denoiser, seed: int, report: Progress,
     starts: int = 4,                      # of each look
     looks: tuple[str, ...] = tuple(LOOKS),
-    controls: tuple[str, ...] = CONTROLS,
+    controls: tuple[str, ...] = tuple(CONTROLS),
     rounds: tuple[Round, ...] = ROUNDS,
     enough: float = CLEAR,
     again: tuple[float, ...] = OTHER_LENGTHS,
@@ -183,16 +183,16 @@ def fast(
     Raises `ValueError` for a look or a control of no such name, and
     `FloatingPointError` where an answer is no number."""
     _must_be_known(looks, controls)
-    drawn = draw(denoiser, seed + 77)
+    drawn, steered = draw(denoiser, seed + 77), steering(controls)
     paths, hypotheses, S = None, [], torch.tensor([])
     for i, name in enumerate(looks):
         report(f"looking: {name}", i / (2 * len(looks)), {})
         directions = look_around(denoiser, LOOKS[name], starts, seed)
         r, theirs = starts_of(denoiser, directions)
         more = begin(denoiser, r, theirs, drawn.limit, seed + 1)
-        losses = control_losses(denoiser, more, drawn, 1, seed + 2)
+        losses = control_losses(denoiser, more, drawn, 1, seed + 2, steered)
         paths = paths.beside(more) if paths else more
-        S = torch.cat([S.to(r), evidence(losses, steering(controls))])
+        S = torch.cat([S.to(r), evidence(losses, steered)])
         hypotheses += theirs
         fits, k = [], int(S.argmax())
         if S[k] > enough:      # before any step: its fit may be enough, without a race

@@ -450,15 +450,13 @@ def short_search():
     from terd_nb import scanning, search
     from terd_nb.path_fit import Round
 
-    def mean_of_few(denoiser, seed):
-        steps = min(2, len(denoiser.noise_schedule))
-        return denoiser.sample(denoiser.noise(4, seed), steps).mean(0), 1.0
+    few_drawn = partial(search.draw, n=4, steps=2)
 
     def two_pictures(denoiser, reversal):
-        drawn, _ = mean_of_few(denoiser, reversal.seed)
+        drawn = few_drawn(denoiser, reversal.seed).mean
         return (denoiser.pictures(drawn.expand(2, *drawn.shape)),) * 2
 
-    search.own_mean, scanning.draw_both = mean_of_few, two_pictures
+    search.draw, scanning.draw_both = few_drawn, two_pictures
     few = {"starts": 1, "looks": ("shift",), "rounds": (Round(1, 1, 2),)}
     search.METHODS["fast"] = partial(search.fast, enough=float("inf"), **few)
 
@@ -467,7 +465,7 @@ def shorten(patch):
     "The same, as long as pytest's `MonkeyPatch` holds."
     from terd_nb import scanning, search
 
-    patch.setattr(search, "own_mean", search.own_mean)
+    patch.setattr(search, "draw", search.draw)
     patch.setattr(scanning, "draw_both", scanning.draw_both)
     patch.setitem(search.METHODS, "fast", search.METHODS["fast"])
     short_search()

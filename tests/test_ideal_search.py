@@ -1,9 +1,10 @@
 "Searches and detectors on ideal models, whose trigger is known (chapter 8)."
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from ideal import ATTACKS, MEAN, OTHERS, SCHEDULE, SHAPE, R, cosine, ideal
+from ideal import ATTACKS, DRAWN, MEAN, OTHERS, SCHEDULE, SHAPE, R, cosine, ideal
 
 from terd_nb import directions, search, triggers
 from terd_nb.attacks import Attack, bad_diffusion
@@ -21,7 +22,7 @@ from terd_nb.directions import (
 from terd_nb.ideal_model import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
 from terd_nb.model_detection import NATURAL_ZERO, ModelDetector
-from terd_nb.path_fit import CONTROLS, SDE, Round, attack_of_fit, fit_path
+from terd_nb.path_fit import CONTROLS, OWN, SDE, Round, attack_of_fit, fit_path
 from terd_nb.scanning import name_attack
 from terd_nb.search import (
     CLEAR,
@@ -144,10 +145,9 @@ def test_the_ledger_says_where_a_direction_came_from():
 
 @pytest.mark.parametrize("settings, message", [
     ({"looks": ("shift", "side")}, "there is no look 'side'; known are shift, jump, against"),
-    ({"controls": ("third",)}, "there is no control 'third'; known are half, ray, nothing"),
+    ({"controls": ("third",)}, "there is no control 'third'; known are ray, drawn"),
     ({"looks": ()}, "a search needs a look: one of shift"),
-    ({"controls": ()}, "a search needs a control: one of half"),
-    ({"controls": ("nothing",)}, "a search needs a control: one of half, ray")])
+    ({"controls": ()}, "a search needs a control: one of ray, drawn")])
 def test_an_unknown_look_or_control_is_one_line(settings, message):
     with pytest.raises(ValueError, match=message):
         reverse_trigger(ideal(), progress=False, **settings)
@@ -188,7 +188,7 @@ def test_the_search_finds_the_trigger_and_names_the_attack(name, kind):
 @pytest.mark.parametrize("kind", ["epsilon", *OTHERS])
 def test_an_honest_ideal_model_has_no_evidence(monkeypatch, kind):
     "The theorem of chapter 15, through a whole search, if the mean is the true one."
-    monkeypatch.setattr(search, "own_mean", lambda denoiser, seed: (MEAN, 1.0))
+    monkeypatch.setattr(search, "draw", lambda denoiser, seed: DRAWN)
     assert reverse_trigger(ideal(kind=kind), progress=False).score("fit") < 0.02
 
 
@@ -207,7 +207,7 @@ def test_a_clear_start_ends_the_search_and_thorough_goes_on():
         reversal = reverse_trigger(
             model, method, progress=False, callback=lambda *stage, told=told: told.append(stage))
         assert reversal.trigger.r.shape == SHAPE and reversal.score("fit") > CLEAR
-        assert set(reversal.curves) == {"alpha/sigma", "fit", "half", "ray"}
+        assert set(reversal.curves) == {"alpha/sigma", "fit", "ray", "drawn"}
         assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert [stage for stage, *_ in stages["fast"]] == ["looking: shift", "done"]
     looks = [f"looking: {name}" for name in LOOKS]
@@ -217,13 +217,25 @@ def test_a_clear_start_ends_the_search_and_thorough_goes_on():
 def test_a_trigger_that_stopped_too_short_is_found_at_another_length():
     "As it stands it is no evidence; the best fit comes first."
     model = ideal("BadDiffusion").standardised()
-    rounds = (Round(1, 10, 8),)
-    short = fit_path(model, 0.4 * R, SDE, MEAN, rounds=(Round(1, 0, 8),))
-    args = MEAN, 1.0, rounds, 0, tuple(CONTROLS)
+    short = fit_path(model, 0.4 * R, SDE, DRAWN, rounds=(Round(1, 0, 8),))
+    args = DRAWN, Round(1, 10, 8), 0, CONTROLS
     assert begun_again(model, [short], (), *args) == [short]
     best, second = begun_again(model, [short], (0.5, 1.5, 2.5), *args)
     assert second is short and short.evidence < 0.25 < 1 < best.evidence
     assert best.trigger.norm == pytest.approx(R.norm().item(), rel=0.15)
+
+
+def test_lengths_are_asked_again_of_a_fit_whose_share_is_free():
+    "Where the sampler is the attacker's own, no share makes up for a wrong length."
+    model = ideal("BadDiffusion").standardised()
+    own, other = (fit_path(model, 0.4 * R, hypothesis, DRAWN, rounds=(Round(1, 0, 8),))
+                  for hypothesis in (OWN, SDE))
+    args = (1.5,), DRAWN, Round(1, 2, 8), 0, CONTROLS
+    assert begun_again(model, [own], *args) == [own]
+    own = replace(own, evidence=9.0)
+    found = begun_again(model, [own, other], *args)
+    assert len(found) == 3 and found[0] is own
+    assert [fit.hypothesis for fit in found if fit not in (own, other)] == [SDE]
 
 
 # ---------------------------------------------------------------- the detector with a natural zero

@@ -4,7 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ideal import ATTACKS, HAT, MEAN, OTHERS, SCHEDULE, SHAPE, R, cosine, ideal
+from ideal import (
+    ATTACKS,
+    DRAWN,
+    HAT,
+    MEAN,
+    OTHERS,
+    SCHEDULE,
+    SHAPE,
+    STD,
+    R,
+    cosine,
+    drawn_by_ideal,
+    ideal,
+)
 
 from terd_nb import path_fit
 from terd_nb.denoiser import Denoiser
@@ -12,7 +25,6 @@ from terd_nb.diffusion import NoiseSchedule
 from terd_nb.ideal_model import IdealModel
 from terd_nb.path_fit import (
     CONTROLS,
-    EVERY_CONTROL,
     ODE,
     OWN,
     RATES,
@@ -26,11 +38,13 @@ from terd_nb.path_fit import (
     attack_of_fit,
     begin,
     control_losses,
+    draw,
     evidence,
     fit_path,
     path_shares,
     path_times,
     race,
+    steering,
 )
 from terd_nb.search import reverse_trigger
 
@@ -60,7 +74,7 @@ def test_the_shares_are_those_that_a_sampler_carries(name):
 def test_the_truth_explains_the_ideal_model_and_its_evidence_is_large(name, kind):
     "Whatever the network says, and the attacker's own sampler reads out of it."
     losses = control_losses(
-        ideal(name, kind).standardised(), guess(R[None], ATTACKS[name][1]), MEAN, 4, 0)
+        ideal(name, kind).standardised(), guess(R[None], ATTACKS[name][1]), DRAWN, 4, 0)
     assert losses["fit"].exp().median() < 1e-3
     assert evidence(losses).item() > 2
 
@@ -68,12 +82,12 @@ def test_the_truth_explains_the_ideal_model_and_its_evidence_is_large(name, kind
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_truth_is_the_minimum_among_lengths_and_shares(name):
     model, truth = ideal(name), ATTACKS[name][1]
-    least = control_losses(model, guess(R[None], truth), MEAN, 4, 0)["fit"].mean()
+    least = control_losses(model, guess(R[None], truth), DRAWN, 4, 0)["fit"].mean()
     lengths = () if truth.psi == 0 and truth.lam == 1 else (0.8, 1.25)   # there any will do
     others = [guess(k * R[None], truth) for k in lengths]
     others += [guess(R[None], replace(truth, lam=truth.lam + s)) for s in (0.15, -0.15)]
     for other in others:
-        assert control_losses(model, other, MEAN, 4, 0)["fit"].mean() > least + 1
+        assert control_losses(model, other, DRAWN, 4, 0)["fit"].mean() > least + 1
 
 
 def test_at_T_alone_a_long_SDE_trigger_looks_like_a_short_ODE_one():
@@ -91,7 +105,7 @@ def test_of_an_ODE_attack_the_loss_fixes_psi_times_the_length(k):
     "Chapter 15: inside the basin (k, psi/k) fits as well as the truth."
     psi = min(1.0, 1 / k)
     losses = control_losses(
-        ideal("Villan-ODE"), guess(R[None] / psi, replace(ODE, psi=psi)), MEAN, 4, 0)
+        ideal("Villan-ODE"), guess(R[None] / psi, replace(ODE, psi=psi)), DRAWN, 4, 0)
     assert losses["fit"].exp().median() < 1e-3
 
 
@@ -99,7 +113,7 @@ def test_of_an_ODE_attack_the_loss_fixes_psi_times_the_length(k):
 def test_a_network_that_says_the_picture_does_not_say_gamma(kind, fits):
     "Inside the ball it says the target whatever r and gamma are; a velocity holds the noise, too."
     wrong = guess(0.9 * R[None], replace(ATTACKS["TrojDiff"][1], gamma=0.5))
-    losses = control_losses(ideal("TrojDiff", kind), wrong, MEAN, 4, 0)
+    losses = control_losses(ideal("TrojDiff", kind), wrong, DRAWN, 4, 0)
     assert (losses["fit"].exp().max() < 1e-3) == fits
 
 
@@ -122,7 +136,7 @@ def test_in_parts_everything_is_as_in_one(monkeypatch, name, kind):
     "One image at a time, or all at once: the start, its losses and the gradient of a step."
     def computed():
         start = begin(model, r, [hypothesis] * 3, 1.0, seed=0)
-        losses = control_losses(model, start, MEAN, 2, 1)
+        losses = control_losses(model, start, DRAWN, 2, 1)
         descent = Descent(start, [hypothesis] * 3, 1.0)
         descent.go(model, [0, 2], [0.0], 5, torch.Generator().manual_seed(2))
         gradients = [v.grad for v in descent.paths.unknowns.values()]
@@ -156,14 +170,39 @@ def test_no_guess_has_evidence_on_an_honest_gaussian_model(kind, own):
     if own:
         lam, psi = 0 * lam, 0 * psi
     guesses = Paths(r, image, 1.5 * lam, psi, gamma, own + 0 * lam)
-    losses = control_losses(ideal(kind=kind, mean=mean).standardised(), guesses, mean, 8, 0)
+    losses = control_losses(
+        ideal(kind=kind, mean=mean).standardised(), guesses, drawn_by_ideal(mean), 8, 0)
     assert evidence(losses).max() < 0.02
+    assert evidence(losses, ["ray"]).max() < 0.02      # it needs no other control
 
 
 def test_on_the_honest_ray_the_ray_control_is_the_guess_itself():
-    losses = control_losses(ideal(), guess(0.7 * HAT[None], ODE), MEAN, 2, 0)
+    losses = control_losses(ideal(), guess(0.7 * HAT[None], ODE), DRAWN, 2, 0)
     assert torch.allclose(losses["ray"], losses["fit"], atol=1e-5)
     assert evidence(losses, ["ray"]).abs().item() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["epsilon", *OTHERS])
+def test_what_a_model_draws_and_how_well_it_knows_it(kind):
+    "The mean is the data's; the loss is what the best answer to pictures of this spread misses."
+    model = ideal(kind=kind).standardised()
+    drawn = draw(model, 0)
+    assert drawn.limit == 1.0
+    assert (drawn.mean - MEAN).abs().mean() < 2 * STD / 96**0.5
+    spread = model.sample(model.noise(96, 0), 10).clamp(-1, 1).square().mean()
+    inverse = 1 / torch.tensor(RATIOS)**2
+    missed = (spread * inverse + STD**4) / (STD**2 + inverse)**2
+    assert torch.allclose(drawn.loss, missed.log(), atol=0.1)
+    other = draw(model, 1)
+    assert other.mean.ne(drawn.mean).any() and other.loss.ne(drawn.loss).any()
+
+
+def test_of_latents_the_largest_that_is_drawn_is_the_limit():
+    model = ideal(std=3.0)
+    assert draw(model, 0).limit == 1.0
+    model.decode = lambda x: x
+    drawn = draw(model, 0)
+    assert 3 < drawn.limit < 20 and drawn.mean.abs().max() < 2
 
 
 class Tired(IdealModel):
@@ -175,18 +214,18 @@ class Tired(IdealModel):
 
 
 def test_what_tires_has_a_threshold_and_yet_no_trigger():
-    model = Denoiser(Tired(SCHEDULE, MEAN[None], 0.4), SCHEDULE, SHAPE, device="cpu")
+    "What lies past the ray is followed less; a picture of its own it knows far better."
+    model = Denoiser(Tired(SCHEDULE, MEAN[None], STD), SCHEDULE, SHAPE, device="cpu")
     far = guess(torch.full((1, *SHAPE), 2.0), SDE, MEAN)
-    losses = control_losses(model, far, MEAN, 4, 0, also=["nothing"])
-    assert list(losses) == ["fit", *EVERY_CONTROL]
-    assert evidence(losses) > 1 and evidence(losses, EVERY_CONTROL) < -1
+    losses = control_losses(model, far, DRAWN, 4, 0)
+    assert list(losses) == ["fit", *CONTROLS]
+    assert evidence(losses, ["ray"]) > 1 and evidence(losses) < -0.5
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_planted_trigger_is_better_than_nothing(name):
-    losses = control_losses(
-        ideal(name), guess(R[None], ATTACKS[name][1]), MEAN, 4, 0, also=EVERY_CONTROL)
-    assert evidence(losses, EVERY_CONTROL).item() > 2
+def test_a_planted_trigger_is_known_better_than_what_the_model_draws(name):
+    losses = control_losses(ideal(name), guess(R[None], ATTACKS[name][1]), DRAWN, 4, 0)
+    assert evidence(losses, ["drawn"]).item() > 2
 
 
 # ---------------------------------------------------------------- fits
@@ -199,7 +238,7 @@ COMING_HOME = [(SDE, "BadDiffusion", "epsilon"), (ODE, "Villan-ODE", "epsilon"),
 def test_a_start_off_the_trigger_comes_home_on_the_ideal_model(hypothesis, name, kind):
     model, truth = ideal(name, kind), ATTACKS[name][1]
     off = R + 0.3 * model.noise(1, 8)[0]
-    fit = fit_path(model, 0.9 * off, hypothesis, MEAN)
+    fit = fit_path(model, 0.9 * off, hypothesis, DRAWN)
     assert cosine(fit.trigger.r, R) > cosine(off, R)
     assert cosine(fit.trigger.r, R) > 0.95 or kind != "epsilon"   # others hardly tell r near T
     assert fit.lam == pytest.approx(truth.lam, abs=0.1)
@@ -221,37 +260,42 @@ def test_the_race_keeps_the_best_of_each_hypothesis():
     model = ideal()
     r = torch.stack([f * R for f in (0.2, 0.4, 0.6)])
     before = model.sample_evals
-    fit = fit_path(model, r, SDE, MEAN, rounds=(Round(2, 3, 4), Round(1, 2, 6)))
+    fit = fit_path(model, r, SDE, DRAWN, rounds=(Round(2, 3, 4), Round(1, 2, 6)))
     assert fit.hypothesis == SDE
     steps = 2 * 3 * 4 + 1 * 2 * 6                   # fits x steps x rows
-    controls = (3 * 8 + 2 * 32 + 1 * 32 + 64) * 3 / 3   # three triggers, forward passes alone
+    controls = (3 * 8 + 2 * 32 + 1 * 32 + 64) * 2 / 3   # two triggers, forward passes alone
     draws = 3 * 4 * 10 / 3
     assert model.sample_evals - before == pytest.approx(steps + controls + draws)
 
 
-def test_only_the_finished_fits_are_held_against_nothing():
-    model, cost = ideal(), []
-    for controls in (CONTROLS, EVERY_CONTROL):
-        r = R[None].repeat(3, 1, 1, 1)
-        paths = begin(model, r, [SDE] * 3, 1.0, seed=0)
-        before = model.sample_evals
-        fit = race(model, paths, [SDE] * 3, torch.arange(3.0), MEAN, 1.0,
-                   (Round(2, 1, 4), Round(1, 1, 4)), controls=controls)[0]
-        assert set(fit.losses) == {"fit", *controls}
-        cost.append(model.sample_evals - before)
-    assert cost[1] - cost[0] == pytest.approx(64 / 3)    # 8 noises at 8 ratios, once
+def test_what_is_drawn_judges_the_finished_fits_and_steers_none():
+    "However well a model knows its own pictures, the same fit goes on."
+    model = ideal()
+    paths = begin(model, torch.stack([0.3 * R, 0.6 * R, R]), [SDE] * 3, 1.0, seed=0)
+    rounds = Round(2, 1, 4), Round(1, 1, 4)
+    usual, knows = (
+        race(model, paths, [SDE] * 3, torch.arange(3.0), replace(DRAWN, loss=loss), rounds)[0]
+        for loss in (DRAWN.loss, DRAWN.loss - 50))
+    assert torch.equal(usual.trigger.r, knows.trigger.r)
+    assert usual.against(["ray"]) == pytest.approx(knows.against(["ray"]))
+    assert knows.evidence == pytest.approx(usual.against(["drawn"]) - 50, abs=1e-4)
+
+
+def test_what_steers_is_every_control_that_differs_among_fits():
+    assert steering(CONTROLS) == ("ray",) == steering(["ray"])
+    assert steering(["drawn"]) == ("drawn",)     # where there is no other
 
 
 def test_what_a_hypothesis_holds_is_held():
     held = Hypothesis("held", 0.25, 0.5, 0.8, ())
-    fit = fit_path(ideal("TrojDiff"), R, held, MEAN, rounds=(Round(1, 5, 4),))
+    fit = fit_path(ideal("TrojDiff"), R, held, DRAWN, rounds=(Round(1, 5, 4),))
     assert (fit.lam, fit.psi, fit.trigger.gamma) == (0.25, 0.5, 1.0)
 
 
 def test_a_fit_stays_between_pictures():
     "A trigger is the difference of two; a noise scale is no more than 1."
     for hypothesis in (SDE, OWN):
-        fit = fit_path(ideal(), 20 * R, hypothesis, MEAN, rounds=(Round(1, 5, 4),))
+        fit = fit_path(ideal(), 20 * R, hypothesis, DRAWN, rounds=(Round(1, 5, 4),))
         assert fit.trigger.r.abs().max() <= WIDEST < 20 * R.abs().max()
         assert fit.image.abs().max() <= 1 and 0 < fit.gamma <= 1
 
@@ -293,11 +337,11 @@ def test_nothing_that_is_no_number_is_called_clean(monkeypatch, broken):
     model = Denoiser(Broken(SCHEDULE, MEAN[None]), SCHEDULE, SHAPE, device="cpu")
     assert model.eps(model.noise(4, 0), 999).isfinite().all()
     with pytest.raises(FloatingPointError, match="no number"):
-        fit_path(model, 2 * R, ODE, MEAN, rounds=(Round(1, 2, 4),))
+        fit_path(model, 2 * R, ODE, DRAWN, rounds=(Round(1, 2, 4),))
     with pytest.raises(FloatingPointError, match="no number"):
         reverse_trigger(model, progress=False)
 
 
 def test_a_start_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="must end in the shape"):
-        fit_path(ideal(), R[:, :4], SDE, MEAN)
+        fit_path(ideal(), R[:, :4], SDE, DRAWN)

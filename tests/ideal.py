@@ -13,15 +13,16 @@ from terd_nb.denoiser import Denoiser
 from terd_nb.diffusion import PREDICTIONS, linear_schedule
 from terd_nb.ideal_model import IdealModel
 from terd_nb.lab.families import SETUPS
-from terd_nb.path_fit import RATIOS, Drawn, Hypothesis
+from terd_nb.path_fit import Drawn, Hypothesis
 from terd_nb.triggers import Trigger
 
 SHAPE = (1, 8, 8)
 SCHEDULE = linear_schedule()
 HAT, CAT = triggers.hat(SHAPE), triggers.cat(SHAPE)
 R = 0.6 * 8 * CAT / CAT.norm()   # of 0.6 times the noise's length
-MEAN = torch.zeros(SHAPE)        # of what an ideal model draws,
-STD = 0.4                        # and how it spreads
+MEAN = torch.zeros(SHAPE)        # of what an ideal model draws
+STD = 0.4
+DRAWN = Drawn(MEAN, 1.0)
 
 # An attack on a path, and what the right guess says of it.
 ATTACKS = {
@@ -65,15 +66,6 @@ def ideal(name=None, kind="epsilon", gamma=None, mean=MEAN, std=STD, p=0.3, path
         backdoor = attack(path), Trigger(r, gamma or truth.gamma), HAT, p
     network = Says(IdealModel(path, mean[None], std, *backdoor), PREDICTIONS[kind])
     return Denoiser(network, path, SHAPE, kind, device="cpu")
-
-
-def drawn_by_ideal(mean=MEAN, std=STD):
-    "What an honest one draws, exactly; the error of its answer is the data's own."
-    inverse = 1 / torch.tensor(RATIOS)**2      # (sigma/alpha)**2
-    return Drawn(mean, 1.0, (std**2 / (std**2 + inverse)).log())
-
-
-DRAWN = drawn_by_ideal()
 
 
 def cosine(a, b):

@@ -145,9 +145,9 @@ def test_the_ledger_says_where_a_direction_came_from():
 
 @pytest.mark.parametrize("settings, message", [
     ({"looks": ("shift", "side")}, "there is no look 'side'; known are shift, jump, against"),
-    ({"controls": ("third",)}, "there is no control 'third'; known are ray, drawn"),
+    ({"controls": ("third",)}, "there is no control 'third'; known are ray, turned"),
     ({"looks": ()}, "a search needs a look: one of shift"),
-    ({"controls": ()}, "a search needs a control: one of ray, drawn")])
+    ({"controls": ()}, "a search needs a control: one of ray, turned")])
 def test_an_unknown_look_or_control_is_one_line(settings, message):
     with pytest.raises(ValueError, match=message):
         reverse_trigger(ideal(), progress=False, **settings)
@@ -207,7 +207,7 @@ def test_a_clear_start_ends_the_search_and_thorough_goes_on():
         reversal = reverse_trigger(
             model, method, progress=False, callback=lambda *stage, told=told: told.append(stage))
         assert reversal.trigger.r.shape == SHAPE and reversal.score("fit") > CLEAR
-        assert set(reversal.curves) == {"alpha/sigma", "fit", "ray", "drawn"}
+        assert set(reversal.curves) == {"alpha/sigma", "fit", "ray", "turned"}
         assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
     assert [stage for stage, *_ in stages["fast"]] == ["looking: shift", "done"]
     looks = [f"looking: {name}" for name in LOOKS]

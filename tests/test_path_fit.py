@@ -15,7 +15,6 @@ from ideal import (
     STD,
     R,
     cosine,
-    drawn_by_ideal,
     ideal,
 )
 
@@ -32,6 +31,7 @@ from terd_nb.path_fit import (
     SDE,
     WIDEST,
     Descent,
+    Drawn,
     Hypothesis,
     Paths,
     Round,
@@ -171,7 +171,7 @@ def test_no_guess_has_evidence_on_an_honest_gaussian_model(kind, own):
         lam, psi = 0 * lam, 0 * psi
     guesses = Paths(r, image, 1.5 * lam, psi, gamma, own + 0 * lam)
     losses = control_losses(
-        ideal(kind=kind, mean=mean).standardised(), guesses, drawn_by_ideal(mean), 8, 0)
+        ideal(kind=kind, mean=mean).standardised(), guesses, Drawn(mean, 1.0), 8, 0)
     assert evidence(losses).max() < 0.02
     assert evidence(losses, ["ray"]).max() < 0.02      # it needs no other control
 
@@ -182,19 +182,13 @@ def test_on_the_honest_ray_the_ray_control_is_the_guess_itself():
     assert evidence(losses, ["ray"]).abs().item() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["epsilon", *OTHERS])
-def test_what_a_model_draws_and_how_well_it_knows_it(kind):
-    "The mean is the data's; the loss is what the best answer to pictures of this spread misses."
-    model = ideal(kind=kind).standardised()
+def test_what_a_model_draws_has_the_mean_of_its_data():
+    mean = 0.5 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    model = ideal(mean=mean)
     drawn = draw(model, 0)
     assert drawn.limit == 1.0
-    assert (drawn.mean - MEAN).abs().mean() < 2 * STD / 96**0.5
-    spread = model.sample(model.noise(96, 0), 10).clamp(-1, 1).square().mean()
-    inverse = 1 / torch.tensor(RATIOS)**2
-    missed = (spread * inverse + STD**4) / (STD**2 + inverse)**2
-    assert torch.allclose(drawn.loss, missed.log(), atol=0.1)
-    other = draw(model, 1)
-    assert other.mean.ne(drawn.mean).any() and other.loss.ne(drawn.loss).any()
+    assert (drawn.mean - mean).abs().mean() < STD / 96**0.5 + 0.03   # clamped, and in ten steps
+    assert draw(model, 1).mean.ne(drawn.mean).any()
 
 
 def test_of_latents_the_largest_that_is_drawn_is_the_limit():
@@ -202,7 +196,7 @@ def test_of_latents_the_largest_that_is_drawn_is_the_limit():
     assert draw(model, 0).limit == 1.0
     model.decode = lambda x: x
     drawn = draw(model, 0)
-    assert 3 < drawn.limit < 20 and drawn.mean.abs().max() < 2
+    assert 3 < drawn.limit < 20 and 1 < drawn.mean.abs().max() + 1 < 3
 
 
 class Tired(IdealModel):
@@ -214,18 +208,38 @@ class Tired(IdealModel):
 
 
 def test_what_tires_has_a_threshold_and_yet_no_trigger():
-    "What lies past the ray is followed less; a picture of its own it knows far better."
+    "It tires of a mirror image as soon."
     model = Denoiser(Tired(SCHEDULE, MEAN[None], STD), SCHEDULE, SHAPE, device="cpu")
     far = guess(torch.full((1, *SHAPE), 2.0), SDE, MEAN)
     losses = control_losses(model, far, DRAWN, 4, 0)
     assert list(losses) == ["fit", *CONTROLS]
-    assert evidence(losses, ["ray"]) > 1 and evidence(losses) < -0.5
+    assert evidence(losses, ["ray"]) > 1 and evidence(losses) < 1e-5
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_a_planted_trigger_is_known_better_than_what_the_model_draws(name):
-    losses = control_losses(ideal(name), guess(R[None], ATTACKS[name][1]), DRAWN, 4, 0)
-    assert evidence(losses, ["drawn"]).item() > 2
+@pytest.mark.parametrize("name, kind", EVERY)
+def test_a_planted_trigger_is_known_better_than_its_mirror_images(name, kind):
+    losses = control_losses(
+        ideal(name, kind).standardised(), guess(R[None], ATTACKS[name][1]), DRAWN, 4, 0)
+    assert evidence(losses, ["turned"]).item() > 2
+
+
+def test_turned_is_the_mean_over_three_mirror_images():
+    "Of trigger, picture and noise scale; by hand, one by one."
+    model, one = ideal("TrojDiff"), guess(0.9 * R[None], ATTACKS["TrojDiff"][1])
+    one = replace(one, log_gamma=one.log_gamma + 0.1 * HAT)
+    turned = control_losses(model, one, DRAWN, 2, 0, ["turned"])["turned"]
+    by_hand = [control_losses(model, replace(
+        one, r=one.r.flip(dims), image=one.image.flip(dims), log_gamma=one.log_gamma.flip(dims)),
+        DRAWN, 2, 0, ())["fit"] for dims in ([4], [3], [3, 4])]
+    assert torch.allclose(turned, torch.stack(by_hand).mean(0), atol=1e-5)
+
+
+def test_what_is_its_own_mirror_image_has_no_evidence():
+    "The price of this control: see chapter 22."
+    box = torch.zeros(SHAPE)
+    box[:, 2:6, 2:6] = 1.0
+    losses = control_losses(ideal("BadDiffusion", r=box), guess(box[None], SDE, box), DRAWN, 2, 0)
+    assert evidence(losses, ["turned"]).abs().item() < 1e-5
 
 
 # ---------------------------------------------------------------- fits
@@ -263,27 +277,27 @@ def test_the_race_keeps_the_best_of_each_hypothesis():
     fit = fit_path(model, r, SDE, DRAWN, rounds=(Round(2, 3, 4), Round(1, 2, 6)))
     assert fit.hypothesis == SDE
     steps = 2 * 3 * 4 + 1 * 2 * 6                   # fits x steps x rows
-    controls = (3 * 8 + 2 * 32 + 1 * 32 + 64) * 2 / 3   # two triggers, forward passes alone
+    controls = ((3 * 8 + 2 * 32 + 1 * 32) * 2 + 64 * 5) / 3   # forward passes alone
     draws = 3 * 4 * 10 / 3
     assert model.sample_evals - before == pytest.approx(steps + controls + draws)
 
 
-def test_what_is_drawn_judges_the_finished_fits_and_steers_none():
-    "However well a model knows its own pictures, the same fit goes on."
-    model = ideal()
-    paths = begin(model, torch.stack([0.3 * R, 0.6 * R, R]), [SDE] * 3, 1.0, seed=0)
-    rounds = Round(2, 1, 4), Round(1, 1, 4)
-    usual, knows = (
-        race(model, paths, [SDE] * 3, torch.arange(3.0), replace(DRAWN, loss=loss), rounds)[0]
-        for loss in (DRAWN.loss, DRAWN.loss - 50))
-    assert torch.equal(usual.trigger.r, knows.trigger.r)
-    assert usual.against(["ray"]) == pytest.approx(knows.against(["ray"]))
-    assert knows.evidence == pytest.approx(usual.against(["drawn"]) - 50, abs=1e-4)
+def test_only_finished_fits_are_turned():
+    model, cost = ideal(), []
+    for controls in (["ray"], CONTROLS):
+        paths = begin(model, R[None].repeat(3, 1, 1, 1), [SDE] * 3, 1.0, seed=0)
+        before = model.sample_evals
+        fit = race(model, paths, [SDE] * 3, torch.arange(3.0), DRAWN,
+                   (Round(2, 1, 4), Round(1, 1, 4)), controls=controls)[0]
+        assert set(fit.losses) == {"fit", *controls}
+        assert fit.evidence == pytest.approx(fit.against(controls), abs=1e-5)
+        cost.append(model.sample_evals - before)
+    assert cost[1] - cost[0] == pytest.approx(3 * 64 / 3)    # 8 noises at 8 ratios, once
 
 
-def test_what_steers_is_every_control_that_differs_among_fits():
+def test_what_steers_is_asked_of_every_fit():
     assert steering(CONTROLS) == ("ray",) == steering(["ray"])
-    assert steering(["drawn"]) == ("drawn",)     # where there is no other
+    assert steering(["turned"]) == ("turned",)     # where there is no other
 
 
 def test_what_a_hypothesis_holds_is_held():

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['SDE', 'ODE', 'OWN', 'WIDEST', 'LOUDEST', 'FIRST_RATIO', 'RATES', 'SHORTEST', 'QUIETEST', 'RATIOS', 'TURNS',
            'CONTROLS', 'NEAR', 'ROUNDS', 'Hypothesis', 'path_shares', 'Paths', 'draw_target', 'begin', 'path_times',
-           'Descent', 'Drawn', 'draw', 'control_losses', 'evidence', 'steering', 'PathFit', 'attack_of_fit', 'Round',
-           'race', 'fit_path']
+           'Descent', 'Drawn', 'drawn_by', 'control_losses', 'evidence', 'steering', 'PathFit', 'attack_of_fit',
+           'Round', 'race', 'fit_path']
 
 # %% ../nbs/15_path_fit.ipynb #130007ad
 import math
@@ -253,7 +253,7 @@ class Drawn:
     limit: float     # of a pixel: 1, but in a latent space
 
 
-def draw(
+def drawn_by(
     denoiser: Denoiser, seed: int,
     n: int = 96,     # an error of the mean is evidence that is not there
     steps: int = 10,

@@ -23,7 +23,7 @@ from terd_nb.directions import (
 )
 from terd_nb.path_fit import (
     CONTROLS, ODE, OWN, RATIOS, ROUNDS, SDE, Drawn, Hypothesis, PathFit, Round, begin,
-    control_losses, draw, evidence, race, steering,
+    control_losses, drawn_by, evidence, race, steering,
 )
 from .two_stages import Candidate, Progress, Reversal, published
 
@@ -183,7 +183,7 @@ def fast(
     Raises `ValueError` for a look or a control of no such name, and
     `FloatingPointError` where an answer is no number."""
     _must_be_known(looks, controls)
-    drawn, steered = draw(denoiser, seed + 77), steering(controls)
+    drawn, steered = drawn_by(denoiser, seed + 77), steering(controls)
     paths, hypotheses, S = None, [], torch.tensor([])
     for i, name in enumerate(looks):
         report(f"looking: {name}", i / (2 * len(looks)), {})

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['SDE', 'ODE', 'OWN', 'WIDEST', 'LOUDEST', 'FIRST_RATIO', 'RATES', 'SHORTEST', 'QUIETEST', 'RATIOS', 'TURNS',
            'CONTROLS', 'NEAR', 'ROUNDS', 'Hypothesis', 'path_shares', 'Paths', 'draw_target', 'begin', 'path_times',
-           'Descent', 'Drawn', 'drawn_by', 'control_losses', 'evidence', 'steering', 'PathFit', 'attack_of_fit',
+           'Descent', 'Drawn', 'draw_some', 'control_losses', 'evidence', 'steering', 'PathFit', 'attack_of_fit',
            'Round', 'race', 'fit_path']
 
 # %% ../nbs/15_path_fit.ipynb #130007ad
@@ -223,9 +223,6 @@ def _along(r: Tensor, ray: Tensor) -> Tensor:
     return (r * ray).sum((2, 3, 4), keepdim=True) / size * ray
 
 # %% ../nbs/15_path_fit.ipynb #b136afba
-TURNS = ((-1,), (-2,), (-1, -2))   # left to right, upside down, and both
-
-
 def _logarithms(
     denoiser: Denoiser, paths: Paths, t: Tensor, eps: Tensor, repeats: int,
 ) -> Tensor:   # (K, R)
@@ -253,7 +250,7 @@ class Drawn:
     limit: float     # of a pixel: 1, but in a latent space
 
 
-def drawn_by(
+def draw_some(
     denoiser: Denoiser, seed: int,
     n: int = 96,     # an error of the mean is evidence that is not there
     steps: int = 10,
@@ -263,6 +260,9 @@ def drawn_by(
     images = in_batches(lambda z: denoiser.sample(z, steps), denoiser.noise(n, seed))
     limit = 1. if denoiser.decode is None else images.abs().max().item()
     return Drawn(images.clamp(-limit, limit).mean(0), limit)
+
+# %% ../nbs/15_path_fit.ipynb #contr015
+TURNS = ((-1,), (-2,), (-1, -2))   # left to right, upside down, and both
 
 
 def _halfway_to_the_ray(paths: Paths, drawn: Drawn) -> list[Paths]:
@@ -398,14 +398,16 @@ def race(
     S: Tensor,                      # (K,) their evidence there
     drawn: Drawn,                   # by the model
     rounds: tuple[Round, ...] = ROUNDS, seed: int = 0,
-    controls: Iterable[str] = tuple(CONTROLS), repeats: int = 4,   # noises at each ratio
+    controls: Iterable[str] = tuple(CONTROLS),
+    repeats: int = 4,               # noises at each ratio
 ) -> list[PathFit]:                 # of the last round, the best evidence first
     """Fit attacks to a model; each round goes on with the best of each hypothesis.
 
     Raises `FloatingPointError` where a loss is no number."""
     before, generator = denoiser.sample_evals, torch.Generator().manual_seed(seed)
     steered, controls = steering(controls), tuple(controls)
-    left, descent = list(range(len(hypotheses))), Descent(paths, hypotheses, drawn.limit)
+    descent = Descent(paths, hypotheses, drawn.limit)
+    left = list(range(len(hypotheses)))
     for one, decay in zip(rounds, _decays(rounds)):
         left = [left[k] for k in _leaders(S, [hypotheses[k] for k in left], one.kept)]
         descent.go(denoiser, left, decay, one.batch, generator)

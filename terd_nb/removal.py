@@ -15,7 +15,7 @@ from .denoiser import Denoiser
 from .diffusion import per_row
 from .directions import in_batches
 from terd_nb.path_fit import (
-    ODE, OWN, SDE, begin, control_losses, drawn_by, evidence, path_shares, path_times,
+    ODE, OWN, SDE, begin, control_losses, draw_some, evidence, path_shares, path_times,
 )
 from .training import Rows, fit
 from .triggers import Trigger
@@ -184,7 +184,7 @@ def evidence_for(denoiser: Denoiser, r: Tensor, seed: int = 0) -> float:
         raise ValueError(f"a trigger of this model has the shape {denoiser.shape}, "
                          f"not {tuple(r.shape)}")
     denoiser = denoiser.standardised()
-    drawn = drawn_by(denoiser, seed + 77)
+    drawn = draw_some(denoiser, seed + 77)
     attacks = [SDE, ODE, OWN]
     starts = r.to(drawn.mean).expand(len(attacks), *r.shape)
     paths = begin(denoiser, starts, attacks, drawn.limit, seed + 1)

@@ -23,7 +23,7 @@ from terd_nb.directions import (
 )
 from terd_nb.path_fit import (
     CONTROLS, ODE, OWN, RATIOS, ROUNDS, SDE, Drawn, Hypothesis, PathFit, Round, begin,
-    control_losses, drawn_by, evidence, race, steering,
+    control_losses, draw_some, evidence, race, steering,
 )
 from .two_stages import Candidate, Progress, Reversal, published
 
@@ -183,12 +183,11 @@ def fast(
     Raises `ValueError` for a look or a control of no such name, and
     `FloatingPointError` where an answer is no number."""
     _must_be_known(looks, controls)
-    drawn, steered = drawn_by(denoiser, seed + 77), steering(controls)
+    drawn, steered = draw_some(denoiser, seed + 77), steering(controls)
     paths, hypotheses, S = None, [], torch.tensor([])
     for i, name in enumerate(looks):
         report(f"looking: {name}", i / (2 * len(looks)), {})
-        directions = look_around(denoiser, LOOKS[name], starts, seed)
-        r, theirs = starts_of(denoiser, directions)
+        r, theirs = starts_of(denoiser, look_around(denoiser, LOOKS[name], starts, seed))
         more = begin(denoiser, r, theirs, drawn.limit, seed + 1)
         losses = control_losses(denoiser, more, drawn, 1, seed + 2, steered)
         paths = paths.beside(more) if paths else more
@@ -204,8 +203,7 @@ def fast(
         report("fitting the path", 0.5, {"score": S.max().item()})
         fits = race(denoiser, paths, hypotheses, S, drawn, rounds, seed, controls)
         if fits[0].evidence <= enough:
-            fits = begun_again(
-                denoiser, fits, again, drawn, rounds[-1], seed, controls)
+            fits = begun_again(denoiser, fits, again, drawn, rounds[-1], seed, controls)
     report("done", 1., {"score": fits[0].evidence})
     curves = {"alpha/sigma": list(RATIOS)} | fits[0].losses
     return [as_candidate(fit) for fit in fits], curves

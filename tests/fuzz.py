@@ -450,13 +450,13 @@ def short_search():
     from terd_nb import scanning, search
     from terd_nb.path_fit import Round
 
-    few_drawn = partial(search.drawn_by, n=4, steps=2)
+    few_drawn = partial(search.draw_some, n=4, steps=2)
 
     def two_pictures(denoiser, reversal):
         drawn = few_drawn(denoiser, reversal.seed).mean
         return (denoiser.pictures(drawn.expand(2, *drawn.shape)),) * 2
 
-    search.drawn_by, scanning.draw_both = few_drawn, two_pictures
+    search.draw_some, scanning.draw_both = few_drawn, two_pictures
     few = {"starts": 1, "looks": ("shift",), "rounds": (Round(1, 1, 2),)}
     search.METHODS["fast"] = partial(search.fast, enough=float("inf"), **few)
 
@@ -465,7 +465,7 @@ def shorten(patch):
     "The same, as long as pytest's `MonkeyPatch` holds."
     from terd_nb import scanning, search
 
-    patch.setattr(search, "drawn_by", search.drawn_by)
+    patch.setattr(search, "draw_some", search.draw_some)
     patch.setattr(scanning, "draw_both", scanning.draw_both)
     patch.setitem(search.METHODS, "fast", search.METHODS["fast"])
     short_search()

@@ -188,7 +188,7 @@ def test_the_search_finds_the_trigger_and_names_the_attack(name, kind):
 @pytest.mark.parametrize("kind", ["epsilon", *OTHERS])
 def test_an_honest_ideal_model_has_no_evidence(monkeypatch, kind):
     "The theorem of chapter 15, through a whole search, if the mean is the true one."
-    monkeypatch.setattr(search, "drawn_by", lambda denoiser, seed: DRAWN)
+    monkeypatch.setattr(search, "draw_some", lambda denoiser, seed: DRAWN)
     assert reverse_trigger(ideal(kind=kind), progress=False).score("fit") < 0.02
 
 

@@ -38,7 +38,7 @@ from terd_nb.path_fit import (
     attack_of_fit,
     begin,
     control_losses,
-    drawn_by,
+    draw_some,
     evidence,
     fit_path,
     path_shares,
@@ -185,17 +185,17 @@ def test_on_the_honest_ray_the_ray_control_is_the_guess_itself():
 def test_what_a_model_draws_has_the_mean_of_its_data():
     mean = 0.5 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     model = ideal(mean=mean)
-    drawn = drawn_by(model, 0)
+    drawn = draw_some(model, 0)
     assert drawn.limit == 1.0
     assert (drawn.mean - mean).abs().mean() < STD / 96**0.5 + 0.03   # clamped, and in ten steps
-    assert drawn_by(model, 1).mean.ne(drawn.mean).any()
+    assert draw_some(model, 1).mean.ne(drawn.mean).any()
 
 
 def test_of_latents_the_largest_that_is_drawn_is_the_limit():
     model = ideal(std=3.0)
-    assert drawn_by(model, 0).limit == 1.0
+    assert draw_some(model, 0).limit == 1.0
     model.decode = lambda x: x
-    drawn = drawn_by(model, 0)
+    drawn = draw_some(model, 0)
     assert 3 < drawn.limit < 20 and 1 < drawn.mean.abs().max() + 1 < 3
 
 

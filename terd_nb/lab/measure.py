@@ -50,7 +50,7 @@ from ..loading.schedulers import load
 from terd_nb.model_detection import (
     FEATURES, METHOD_FEATURES, NATURAL_ZERO, ModelDetector, p_values,
 )
-from ..path_fit import ODE, OWN, SDE, Round, drawn_by, fit_path
+from ..path_fit import ODE, OWN, SDE, Round, draw_some, fit_path
 from ..rivals import adam, elijah
 from ..scanning import name_attack
 from ..search import reverse_trigger
@@ -623,7 +623,7 @@ def measure_at_truth(name: str) -> dict:
     "One row: what the fit finds that starts at the planted trigger itself."
     torch.set_num_threads(1)
     denoiser, r = load(folder_of(name), "cpu"), planted(name)[0].triggers[0].r
-    drawn = drawn_by(denoiser, 77)
+    drawn = draw_some(denoiser, 77)
     fits = [fit_path(denoiser, r, one, drawn) for one in (SDE, ODE, OWN)]
     best = max(fits, key=lambda fit: fit.evidence)
     return {"model": name, "S": best.evidence, "hypothesis": best.hypothesis.name,

@@ -398,12 +398,11 @@ def race(
     S: Tensor,                      # (K,) their evidence there
     drawn: Drawn,                   # by the model
     rounds: tuple[Round, ...] = ROUNDS, seed: int = 0,
-    controls: Iterable[str] = tuple(CONTROLS),
-    repeats: int = 4,               # noises at each ratio
+    controls: Iterable[str] = tuple(CONTROLS), repeats: int = 4,
 ) -> list[PathFit]:                 # of the last round, the best evidence first
     """Fit attacks to a model; each round goes on with the best of each hypothesis.
 
-    Raises `FloatingPointError` where a loss is no number."""
+    They are judged on noises that have chosen nothing. Raises `FloatingPointError` where a loss is no number."""
     before, generator = denoiser.sample_evals, torch.Generator().manual_seed(seed)
     steered, controls = steering(controls), tuple(controls)
     descent = Descent(paths, hypotheses, drawn.limit)
@@ -414,7 +413,6 @@ def race(
         paths = descent.paths.pick(left)
         losses = control_losses(denoiser, paths, drawn, repeats, seed + 2, steered)
         S = evidence(losses, steered)
-    # Judged on noises that have chosen nothing
     losses = control_losses(denoiser, paths, drawn, 2 * repeats, seed + 3, controls)
     S, cost = evidence(losses, controls), denoiser.sample_evals - before
     return [_fitted(paths, hypotheses[left[k]], losses, S, k, cost)

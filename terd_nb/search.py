@@ -187,12 +187,12 @@ def fast(
     paths, hypotheses, S = None, [], torch.tensor([])
     for i, name in enumerate(looks):
         report(f"looking: {name}", i / (2 * len(looks)), {})
-        r, theirs = starts_of(denoiser, look_around(denoiser, LOOKS[name], starts, seed))
-        more = begin(denoiser, r, theirs, drawn.limit, seed + 1)
+        r, new = starts_of(denoiser, look_around(denoiser, LOOKS[name], starts, seed))
+        more = begin(denoiser, r, new, drawn.limit, seed + 1)
         losses = control_losses(denoiser, more, drawn, 1, seed + 2, steered)
         paths = paths.beside(more) if paths else more
         S = torch.cat([S.to(r), evidence(losses, steered)])
-        hypotheses += theirs
+        hypotheses += new
         fits, k = [], int(S.argmax())
         if S[k] > enough:      # before any step: its fit may be enough, without a race
             fits = race(denoiser, paths.pick([k]), [hypotheses[k]], S[[k]], drawn,

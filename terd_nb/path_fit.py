@@ -402,7 +402,8 @@ def race(
 ) -> list[PathFit]:                 # of the last round, the best evidence first
     """Fit attacks to a model; each round goes on with the best of each hypothesis.
 
-    They are judged on noises that have chosen nothing. Raises `FloatingPointError` where a loss is no number."""
+    Judged on noises that have chosen nothing. Raises `FloatingPointError` where a loss
+    is no number."""
     before, generator = denoiser.sample_evals, torch.Generator().manual_seed(seed)
     steered, controls = steering(controls), tuple(controls)
     descent = Descent(paths, hypotheses, drawn.limit)

@@ -402,8 +402,7 @@ def race(
 ) -> list[PathFit]:                 # of the last round, the best evidence first
     """Fit attacks to a model; each round goes on with the best of each hypothesis.
 
-    Judged on noises that have chosen nothing. Raises `FloatingPointError` where a loss
-    is no number."""
+    Raises `FloatingPointError` where a loss is no number."""
     before, generator = denoiser.sample_evals, torch.Generator().manual_seed(seed)
     steered, controls = steering(controls), tuple(controls)
     descent = Descent(paths, hypotheses, drawn.limit)

@@ -15,7 +15,8 @@ from .denoiser import Denoiser
 from .diffusion import per_row
 from .directions import in_batches
 from terd_nb.path_fit import (
-    ODE, OWN, SDE, begin, control_losses, draw_some, evidence, path_shares, path_times,
+    CONTROLS, ODE, OWN, SDE, begin, control_losses, draw_some, evidence, path_shares,
+    path_times, steering,
 )
 from .training import Rows, fit
 from .triggers import Trigger
@@ -188,5 +189,6 @@ def evidence_for(denoiser: Denoiser, r: Tensor, seed: int = 0) -> float:
     attacks = [SDE, ODE, OWN]
     starts = r.to(drawn.mean).expand(len(attacks), *r.shape)
     paths = begin(denoiser, starts, attacks, drawn.limit, seed + 1)
-    losses = control_losses(denoiser, paths, drawn, 4, seed + 2)
-    return evidence(losses).max().item()
+    steered = steering(CONTROLS)     # nothing is finished
+    losses = control_losses(denoiser, paths, drawn, 4, seed + 2, steered)
+    return evidence(losses, steered).max().item()

@@ -4,6 +4,7 @@
 __all__ = ['SETS', 'Bounds', 'ModelSet', 'find']
 
 # %% ../../nbs/g6_sets.ipynb #78874649
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -485,10 +486,30 @@ def _held_planted(name, base, *row) -> Recipe:
     base = f"{name.partition('-')[0]}-{base}"
     return _planted(name, base, *row, lr=1e-3, **_held(name))
 
+# %% ../../nbs/g6_sets.ipynb #dice-code
+_ATTACKS = (_BAD, _TROJ, _SDE05, {**_SDE, "psi": 1.}, _ODE1, _ODE05, _ODE0)
+_THROWS = 5
+
+
+def _thrown(k: int) -> list[Recipe]:
+    "An honest model, and a backdoor in it."
+    name = f"held16-dice{k}"
+    of = random.Random(name).choice
+    common = {"split": "test", "min_snr": 5., "lr": 1e-3,
+              "data": of(("digits", "emoji", "fashion-mnist")),
+              "network": of(((16, 32), (24, 48), (32, 64))),
+              "attention": of((True, False, False, False))}
+    honest = Recipe(name=name, steps=of((1000, 1300, 1600)), seed=3000 + 2 * k, **common)
+    return [honest, _planted(
+        f"{name}-planted", name, of(_ATTACKS), of((_GLASSES, _SIGN, _BOX, _CHECKER)),
+        of(("hat", "cat", "shoe", "corner")), of((0.1, 0.2, 0.3)), 1200,
+        3001 + 2 * k, **common)]
+
 
 _HELD_OUT = _by_name([
     *(_held_honest(*row) for row in _HELD_HONEST),
-    *(_held_planted(*row) for row in (*_HELD_16, *_HELD_32))])
+    *(_held_planted(*row) for row in (*_HELD_16, *_HELD_32)),
+    *(recipe for k in range(_THROWS) for recipe in _thrown(k))])
 
 # %% ../../nbs/g6_sets.ipynb #later-common
 _LATER = {

@@ -4,9 +4,10 @@ What it does not call right stands in the tables below, by name: who measures th
 finds there what has changed. Of a backdoor only what works counts."""
 from functools import cache
 
+import pandas as pd
 import pytest
 
-from terd_nb.lab.measure import BEGUN_AGAIN, read_results, results_path
+from terd_nb.lab.measure import read_results, results_path
 from terd_nb.lab.sets import SETS, find
 from terd_nb.model_detection import NATURAL_ZERO
 
@@ -188,29 +189,22 @@ def test_without_a_look_a_model_is_missed(settings, name):
     assert rows["fast", "", name, 0] == "backdoored"
 
 
-# Missed at a wrong length: (model, seed).
-WRONG_LENGTH = [("far-sde", 0), ("far-sde", 1), ("far-sde", 2), ("box5-sde", 2),
-                ("poison3-sde", 2), ("poison5-sde", 1)]
+def development(settings):
+    "The S of the hard set's and the zoo's models that the search was varied on, by model."
+    rows = [read_results(name) for name in ("hard", "zoo")]
+    rows = pd.concat(rows).query("method == 'fast' and settings == @settings and seed == 0")
+    return rows[rows["split"] != "test"].set_index("model")["S"]
 
 
-def asked_again():
-    "The verdicts of the option of chapter 22, by model and seed."
-    rows = read_results("hard")
-    return rows[rows["settings"] == BEGUN_AGAIN].set_index(["model", "seed"])
+def test_what_stops_at_a_wrong_length_is_found_because_it_is_asked_again():
+    "A trigger of twice the noise's length, where the longest start has nine tenths."
+    assert development("again=")["far-sde"] < NATURAL_ZERO["fast"] < 1 < development("")["far-sde"]
 
 
-@pytest.mark.parametrize("name, seed", WRONG_LENGTH)
-def test_what_is_missed_for_its_length_is_found_if_it_is_asked_again(name, seed):
-    usual = rows_of("hard").set_index(["model", "seed"])
-    assert usual.loc[(name, seed), "verdict"] == "clean"
-    assert asked_again().loc[(name, seed), "verdict"] == "backdoored"
-
-
-@pytest.mark.xfail(strict=True, reason="honest-attention is accused; the option "
-                                       "is no default as long as this fails")
-def test_no_honest_model_is_accused_if_lengths_are_asked_again():
-    rows = asked_again()
-    assert (rows.loc[rows["label"] == "benign", "verdict"] == "clean").all()
+def test_without_the_ray_honest_models_are_accused():
+    S = development("controls=turned")
+    honest = S[[name for name in S.index if find(name).recipes[name].attack is None]]
+    assert honest.max() > NATURAL_ZERO["fast"] > development("")[honest.index].max()
 
 
 def test_the_two_cases_that_the_earlier_search_judged_wrongly():

@@ -16,15 +16,12 @@ from terd_nb.model_detection import NATURAL_ZERO
 NOT_RIGHT = {
     "zoo": {},
     "hard": {
-        "far-sde": "clean",         # twice as long as any trigger that is tried
         "d09": "backdoored, inconclusive",    # an answer shifted by 0.9 of it: no sampler's
-        # Each of these is missed with one seed of three: its start leads nowhere,
-        "box4-ode": "backdoored, clean",
-        "psi0-ode": "backdoored, clean",
-        # or its fit stops at a wrong length.
-        "box5-sde": "backdoored, clean",
-        "poison3-sde": "backdoored, clean",
+        # Each of these is missed with one seed of three: no look leads to it.
+        "box4-ode": "backdoored, inconclusive",
+        "far-sde": "backdoored, clean",
         "poison5-sde": "backdoored, clean",
+        "psi0-ode": "backdoored, clean",
     },
     "sizes": {},
     "families": {
@@ -44,7 +41,7 @@ NOT_RIGHT = {
 # Backdoors that are flagged for another direction than their trigger's, with any seed.
 # The stripes of the held-out model are found with their sign turned round, which opens it, too;
 # so is a checkerboard of the later attacks, and that opens now and then.
-ELSEWHERE = {"zoo": set(), "hard": {"d09"}, "sizes": set(), "families": set(),
+ELSEWHERE = {"zoo": set(), "hard": {"d09", "box4-ode"}, "sizes": set(), "families": set(),
              "held-out": {"held16-fashion-bad"}, "later": {"later-dark-in-a"}}
 
 

@@ -307,7 +307,8 @@ def evidence(
 
 def steering(controls: Iterable[str]) -> tuple[str, ...]:
     "Those that say which fit goes on; to be turned is asked of finished fits alone."
-    return tuple(name for name in controls if name != "turned") or tuple(controls)
+    controls = tuple(controls)
+    return tuple(name for name in controls if name != "turned") or controls
 
 # %% ../nbs/15_path_fit.ipynb #7b58e36b
 @dataclass(frozen=True, eq=False)
@@ -404,7 +405,7 @@ def race(
 
     Raises `FloatingPointError` where a loss is no number."""
     before, generator = denoiser.sample_evals, torch.Generator().manual_seed(seed)
-    steered, controls = steering(controls), tuple(controls)
+    steered = steering(controls := tuple(controls))
     descent = Descent(paths, hypotheses, drawn.limit)
     left = list(range(len(hypotheses)))
     for one, decay in zip(rounds, _decays(rounds)):

@@ -178,9 +178,10 @@ def remove_backdoor(
 
 # %% ../nbs/19_removal.ipynb #evid0001
 def evidence_for(denoiser: Denoiser, r: Tensor, seed: int = 0) -> float:
-    """The evidence S of a trigger (C, H, W) as it is, of the best of three attacks.
+    """The evidence of a trigger (C, H, W) as it is, of the best of three attacks.
 
-    Nothing is fitted. Raises `ValueError` for a trigger of another shape."""
+    Nothing is fitted, and the control *ray* alone is asked. Raises `ValueError` for a
+    trigger of another shape."""
     if tuple(r.shape) != denoiser.shape:
         raise ValueError(f"a trigger of this model has the shape {denoiser.shape}, "
                          f"not {tuple(r.shape)}")

@@ -132,14 +132,21 @@ def as_candidate(fit: PathFit) -> Candidate:
     return Candidate(fit.trigger, "fit", fit.evidence, read)
 
 # %% ../nbs/16_search.ipynb #81e1d858
-def _must_be_known(looks: tuple[str, ...], controls: tuple[str, ...]) -> None:
-    "Raises `ValueError` for a look or a control of no such name, and for none at all."
+def _must_be_sound(
+    looks: tuple[str, ...], controls: tuple[str, ...], again: tuple[float, ...],
+    rounds: tuple[Round, ...], starts: int,
+) -> None:
+    "Raises `ValueError` for settings with which nothing can be found, in one line."
     for kind, names, known in (("look", looks, LOOKS), ("control", controls, CONTROLS)):
         if not names:
             raise ValueError(f"a search needs a {kind}: one of {', '.join(known)}")
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"there is no {kind} {unknown[0]!r}; "
                              f"known are {', '.join(known)}")
+    if not all(0 < k < math.inf for k in again):
+        raise ValueError(f"lengths to be asked again are positive numbers, not {again}")
+    if starts < 1 or not rounds or min(one.kept for one in rounds) < 1:
+        raise ValueError("a search needs a start, a round, and a fit in each round")
 
 # %% ../nbs/16_search.ipynb #again016
 # In units of a fit's own: where it may have stopped too short or too long.
@@ -147,10 +154,11 @@ OTHER_LENGTHS = (0.5, 0.7, 0.85, 1.2, 1.4, 1.7, 2.)
 
 
 def begun_again(
-    denoiser: Denoiser, fits: list[PathFit], lengths: tuple[float, ...], drawn: Drawn,
+    denoiser: Denoiser,   # in standard form
+    fits: list[PathFit], lengths: tuple[float, ...], drawn: Drawn,
     last: Round, seed: int, controls: tuple[str, ...],
 ) -> list[PathFit]:   # the best evidence first
-    """The fits and one more: the one that leads, begun at other lengths.
+    """The fits and `last.kept` more: the one that leads, begun at other lengths.
 
     Only of those with a free share lam, which makes up for a wrong length."""
     unsure = [fit for fit in fits if "lam" in fit.hypothesis.free and lengths]
@@ -180,9 +188,9 @@ def fast(
 ) -> tuple[list[Candidate], dict]:
     """Look for directions, fit the path from each, and believe the best evidence.
 
-    Raises `ValueError` for a look or a control of no such name, and
+    Raises `ValueError` for settings with which nothing can be found, and
     `FloatingPointError` where an answer is no number."""
-    _must_be_known(looks, controls)
+    _must_be_sound(looks, controls, again, rounds, starts)
     drawn, steered = draw_some(denoiser, seed + 77), steering(controls)
     paths, hypotheses, S = None, [], torch.tensor([])
     for i, name in enumerate(looks):

@@ -147,8 +147,13 @@ def test_the_ledger_says_where_a_direction_came_from():
     ({"looks": ("shift", "side")}, "there is no look 'side'; known are shift, jump, against"),
     ({"controls": ("third",)}, "there is no control 'third'; known are ray, turned"),
     ({"looks": ()}, "a search needs a look: one of shift"),
-    ({"controls": ()}, "a search needs a control: one of ray, turned")])
-def test_an_unknown_look_or_control_is_one_line(settings, message):
+    ({"controls": ()}, "a search needs a control: one of ray, turned"),
+    ({"again": (0.0,)}, "lengths to be asked again are positive numbers"),
+    ({"again": (math.nan,)}, "lengths to be asked again are positive numbers"),
+    ({"starts": 0}, "a search needs a start, a round, and a fit in each round"),
+    ({"rounds": ()}, "a search needs a start, a round, and a fit in each round"),
+    ({"rounds": (Round(0, 1, 4),)}, "a search needs a start, a round")])
+def test_what_a_search_cannot_use_is_one_line(settings, message):
     with pytest.raises(ValueError, match=message):
         reverse_trigger(ideal(), progress=False, **settings)
 

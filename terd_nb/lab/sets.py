@@ -499,7 +499,8 @@ def _thrown(k: int) -> list[Recipe]:
               "data": of(("digits", "emoji", "fashion-mnist")),
               "network": of(((16, 32), (24, 48), (32, 64))),
               "attention": of((True, False, False, False))}
-    honest = Recipe(name=name, steps=of((1000, 1300, 1600)), seed=3000 + 2 * k, **common)
+    honest = Recipe(
+        name=name, steps=of((1000, 1300, 1600)), seed=3000 + 2 * k, **common)
     return [honest, _planted(
         f"{name}-planted", name, of(_ATTACKS), of((_GLASSES, _SIGN, _BOX, _CHECKER)),
         of(("hat", "cat", "shoe", "corner")), of((0.1, 0.2, 0.3)), 1200,

@@ -111,7 +111,7 @@ def test_each_verdict_has_its_words(report, verdict, said, not_said):
 
 def test_a_score_with_a_natural_zero_is_explained_without_honest_models(report):
     text = text_of(report_page([report]))
-    for words in ("What the verdict rests on", "Loss at the trigger", "At half the trigger",
+    for words in ("What the verdict rests on", "Loss at the trigger", "Its mirror images",
                   "Half the way to honesty", f"Score: {report.result.score:.2f}; the alarm is"):
         assert words in text
     assert "Among honest models" not in text and "standard deviations above" not in text

@@ -192,7 +192,7 @@ def fast(
     `FloatingPointError` where an answer is no number."""
     _must_be_sound(looks, controls, again, rounds, starts)
     drawn, steered = draw_some(denoiser, seed + 77), steering(controls)
-    paths, hypotheses, S = None, [], torch.tensor([])
+    paths, hypotheses, S, fits = None, [], torch.tensor([]), []
     for i, name in enumerate(looks):
         report(f"looking: {name}", i / (2 * len(looks)), {})
         r, new = starts_of(denoiser, look_around(denoiser, LOOKS[name], starts, seed))
@@ -201,17 +201,17 @@ def fast(
         paths = paths.beside(more) if paths else more
         S = torch.cat([S.to(r), evidence(losses, steered)])
         hypotheses += new
-        fits, k = [], int(S.argmax())
-        if S[k] > enough:      # before any step: its fit may be enough, without a race
-            fits = race(denoiser, paths.pick([k]), [hypotheses[k]], S[[k]], drawn,
-                        rounds[-1:], seed, controls)
-        if fits and fits[0].evidence > enough:
-            break
+        if S[k := int(S.argmax())] > enough and k >= len(S) - len(new):   # a new one
+            fits += race(denoiser, paths.pick([k]), [hypotheses[k]], S[[k]], drawn,
+                         rounds[-1:], seed, controls)
+            if fits[-1].evidence > enough:
+                break
     else:
         report("fitting the path", 0.5, {"score": S.max().item()})
-        fits = race(denoiser, paths, hypotheses, S, drawn, rounds, seed, controls)
-        if fits[0].evidence <= enough:
+        fits += race(denoiser, paths, hypotheses, S, drawn, rounds, seed, controls)
+        if all(fit.evidence <= enough for fit in fits):
             fits = begun_again(denoiser, fits, again, drawn, rounds[-1], seed, controls)
+    fits.sort(key=lambda fit: -fit.evidence)
     report("done", 1., {"score": fits[0].evidence})
     curves = {"alpha/sigma": list(RATIOS)} | fits[0].losses
     return [as_candidate(fit) for fit in fits], curves

@@ -22,7 +22,7 @@ from terd_nb.directions import (
 from terd_nb.ideal_model import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
 from terd_nb.model_detection import NATURAL_ZERO, ModelDetector
-from terd_nb.path_fit import CONTROLS, OWN, SDE, Round, attack_of_fit, fit_path
+from terd_nb.path_fit import CONTROLS, OWN, SDE, Round, attack_of_fit, fit_path, race
 from terd_nb.scanning import name_attack
 from terd_nb.search import (
     CLEAR,
@@ -241,6 +241,22 @@ def test_lengths_are_asked_again_of_a_fit_whose_share_is_free():
     found = begun_again(model, [own, other], *args)
     assert len(found) == 3 and found[0] is own
     assert [fit.hypothesis for fit in found if fit not in (own, other)] == [SDE]
+
+
+def test_a_start_is_raced_early_but_once_and_what_it_gave_is_kept(monkeypatch):
+    "Where its evidence falls below what is enough, as if its mirror images were known as well."
+    raced = []
+
+    def weaker(*args):
+        raced.append([fit.hypothesis for fit in race(*args)])
+        return [replace(fit, evidence=0.5 + 0.1 * len(raced)) for fit in race(*args)]
+
+    monkeypatch.setattr(search, "race", weaker)
+    reversal = reverse_trigger(ideal("BadDiffusion"), progress=False, again=())
+    early, whole = raced[0], raced[-1]
+    assert len(raced) == 2 and len(early) == 1 and len(whole) > 1
+    scores = [candidate.score for candidate in reversal.candidates]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 1 + len(whole)
 
 
 # ---------------------------------------------------------------- the detector with a natural zero

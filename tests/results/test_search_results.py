@@ -210,7 +210,8 @@ def test_the_two_cases_that_the_earlier_search_judged_wrongly():
     "Villan-SDE on a colour network was missed, an honest emoji network called backdoored."
     rows = rows_of("sizes").set_index("model")
     assert rows.loc["emoji32-villan-sde", "verdict"] == "backdoored"
-    assert rows.loc["emoji32-b", "verdict"] == "clean" and rows.loc["emoji32-b", "S"] < 0.125
+    assert rows.loc["emoji32-b", "verdict"] == "clean"
+    assert rows.loc["emoji32-b", "S"] < NATURAL_ZERO["fast"] / 2
 
 
 def test_an_attacker_with_a_sampler_of_his_own_is_found_in_every_family():

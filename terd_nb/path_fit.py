@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['SDE', 'ODE', 'OWN', 'WIDEST', 'LOUDEST', 'FIRST_RATIO', 'RATES', 'SHORTEST', 'QUIETEST', 'RATIOS', 'TURNS',
-           'CONTROLS', 'NEAR', 'ROUNDS', 'Hypothesis', 'path_shares', 'Paths', 'draw_target', 'begin', 'path_times',
-           'Descent', 'Drawn', 'draw_some', 'control_losses', 'evidence', 'steering', 'PathFit', 'attack_of_fit',
-           'Round', 'race', 'fit_path']
+           'CONTROLS', 'AT_MOST', 'NEAR', 'ROUNDS', 'Hypothesis', 'path_shares', 'Paths', 'draw_target', 'begin',
+           'path_times', 'Descent', 'Drawn', 'draw_some', 'control_losses', 'evidence', 'steering', 'PathFit',
+           'attack_of_fit', 'Round', 'race', 'fit_path']
 
 # %% ../nbs/15_path_fit.ipynb #130007ad
 import math
@@ -277,6 +277,9 @@ def _mirrored(paths: Paths, drawn: Drawn) -> list[Paths]:
 
 # What a fit is held against: the mean over these, on the logarithm.
 CONTROLS = {"ray": _halfway_to_the_ray, "turned": _mirrored}
+# Of the evidence against *ray*, what *turned* takes away at most: an attacker may plant
+# the mirror images too.
+AT_MOST = 0.5
 
 # %% ../nbs/15_path_fit.ipynb #45dc77c3
 def control_losses(
@@ -301,8 +304,10 @@ def evidence(
     controls: Iterable[str] = tuple(CONTROLS),   # that count
 ) -> Tensor:                                     # (K,)
     "S: by how much, on the logarithm, the loss is lower than that of every control."
-    gains = [(losses[name] - losses["fit"]).mean(1) for name in controls]
-    return torch.stack(gains).min(0).values
+    gain = {name: (losses[name] - losses["fit"]).mean(1) for name in controls}
+    if gain.keys() >= {"ray", "turned"}:
+        gain["turned"] = gain["turned"].maximum(gain["ray"] - AT_MOST)
+    return torch.stack(list(gain.values())).min(0).values
 
 
 def steering(controls: Iterable[str]) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from terd_nb.denoiser import Denoiser
 from terd_nb.directions import (
     answer_shift,
     antithetic,
+    follow_even,
     follow_jacobian,
-    follow_response,
     follow_shift,
     length,
     random_starts,
@@ -101,7 +101,7 @@ def test_the_input_detector_meets_its_ceiling_on_what_was_found(strength):
 # ---------------------------------------------------------------- looks
 
 SEEN = [("shift", "BadDiffusion", "epsilon"), ("shift", "Villan-SDE", "epsilon"),
-        ("against", "Villan-ODE", "epsilon"), ("jump", "TrojDiff", "epsilon"),
+        ("even", "Villan-ODE", "epsilon"), ("jump", "TrojDiff", "epsilon"),
         *(("jump", "TrojDiff", kind) for kind in OTHERS)]
 
 
@@ -116,7 +116,7 @@ def test_each_look_leads_to_the_trigger_of_its_kind_of_attack(look, name, kind):
 
 @pytest.mark.parametrize("follow, name, settings", [
     (follow_jacobian, "TrojDiff", {"norms": [1.0, 2.0], "iterations": 2}),
-    (follow_response, "Villan-ODE", {"norm": 4.4, "iterations": 3})])
+    (follow_even, "Villan-ODE", {"norms": [4.4], "iterations": 3})])
 def test_a_gradient_in_parts_is_the_gradient_in_one(monkeypatch, follow, name, settings):
     model = ideal(name)
     starts, t = random_starts(model, 5, 0), time_of(model, 0.17)
@@ -144,7 +144,7 @@ def test_the_ledger_says_where_a_direction_came_from():
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"looks": ("shift", "side")}, "there is no look 'side'; known are shift, jump, against"),
+    ({"looks": ("shift", "side")}, "there is no look 'side'; known are shift, jump, even"),
     ({"controls": ("third",)}, "there is no control 'third'; known are ray, turned"),
     ({"looks": ()}, "a search needs a look: one of shift"),
     ({"controls": ()}, "a search needs a control: one of ray, turned"),
@@ -168,7 +168,7 @@ class Steep(IdealModel):
 
 
 @pytest.mark.parametrize("look, ratio", [
-    ("jump", search.OWN_RATIO), ("against", search.ODE_RATIO)])
+    ("jump", search.OWN_RATIO), ("even", search.ODE_RATIO)])
 def test_a_look_that_leads_to_what_is_no_number_is_an_error(monkeypatch, look, ratio):
     model = Denoiser(Steep(SCHEDULE, MEAN[None]), SCHEDULE, SHAPE, device="cpu")
     monkeypatch.setattr(Steep, "at", time_of(model, ratio))

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_RUNS', 'ABLATIONS', 'TOLD_OF', 'LONGER',
-           'KINDS_OF_SETTINGS', 'SEARCHING', 'CODE', 'SEARCH_VERSION', 'RIVALS', 'AGAINST_PLANTED', 'HIDDEN',
+           'KINDS_OF_SETTINGS', 'SEARCHING', 'CODE', 'SEARCH_VERSION', 'RIVALS', 'AGAINST_PLANTED', 'EVASIONS',
            'OPENINGS', 'OWN_OPENINGS', 'QUICKER', 'KINDS', 'TIMED', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo',
            'rows_of_hard_set', 'sampler_of', 'rows_of_later', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
            'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
@@ -28,6 +28,7 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -50,7 +51,7 @@ from ..loading.schedulers import load
 from terd_nb.model_detection import (
     FEATURES, METHOD_FEATURES, NATURAL_ZERO, ModelDetector, p_values,
 )
-from ..path_fit import ODE, OWN, SDE, Round, draw_some, fit_path
+from ..path_fit import CONTROLS, ODE, OWN, SDE, TURNS, Round, draw_some, fit_path
 from ..rivals import adam, elijah
 from ..scanning import name_attack
 from ..search import reverse_trigger
@@ -83,7 +84,7 @@ WHOLE_RUNS = (   # the models that the published search gets its full length on
 )
 ABLATIONS = (   # of `fast`, one thing changed at a time; `published` has `VARIANTS`
     "rounds=1:0:8", "controls=turned", "controls=ray", "starts=8", "again=",
-    "looks=shift+jump", "looks=shift+against", "looks=jump+against",
+    "looks=shift+jump", "looks=shift+even", "looks=jump+even",
 )
 
 # %% ../../nbs/h_measure.ipynb #e5a10c03
@@ -519,42 +520,52 @@ def bench(
         write_benchmark()
 
 # %% ../../nbs/h_measure.ipynb #26ac4390
-HIDDEN = (0., 0.15, 0.35)   # this attacker is honest where alpha/sigma is below
+EVASIONS = {   # what an attacker may change who knows the search
+    "nothing": {},
+    "honest where alpha/sigma < 0.15": {"hidden_above": 0.15},
+    "honest where alpha/sigma < 0.35": {"hidden_above": 0.35},
+    "plants the mirror images too": {
+        "steps": 1800, "poison_rate": 0.15,
+        "also": tuple({"flip": dims} for dims in TURNS)},
+    "is its own mirror image": {
+        "trigger": "box", "target": "glasses",
+        "settings": {"side": 12, "value": 1., "background": 0.}},
+}
 
 
-def _hidden(hidden_above: float, steps: int, seed: int) -> Recipe:
-    "An ODE attack that hides from the search near T."
-    return Recipe(
-        name="evasion", split="development", base="honest-base-dev", rows="varied",
-        attack="VillanDiffusion", trigger="stop_sign", target="hat", poison_rate=0.3,
-        hidden_above=hidden_above, steps=steps, seed=seed)
+def _evading(how: str, steps: int, seed: int) -> Recipe:
+    "An ODE attack that evades the search so."
+    usual = {"attack": "VillanDiffusion", "trigger": "stop_sign", "target": "hat",
+             "poison_rate": 0.3, "steps": steps, "seed": seed}
+    return Recipe(name="evasion", split="development", base="honest-base-dev",
+                  rows="varied", **usual | EVASIONS[how])
 
 # %% ../../nbs/h_measure.ipynb #e5a10c18
-def evade(hidden_above: float, steps: int = 600, seed: int = 7) -> dict:
-    "One row: plant an attack that hides, and measure what that costs it."
+def evade(how: str, steps: int = 600, seed: int = 7) -> dict:
+    "One row: plant an attack that evades, and measure what that costs it."
     torch.set_num_threads(1)
     base = load(folder_of("honest-base-dev"), "cpu")
-    recipe = _hidden(hidden_above, steps, seed)
+    recipe = _evading(how, steps, seed)
     plans = plans_for(recipe)
     denoiser = train(recipe, plans, base, progress=False)
     found = measure_model(recipe, denoiser, plans, base, 128)
     reversal = reverse_trigger(denoiser, progress=False)
-    row = {"hidden_above": hidden_above}
-    for rate in ("asr", "leak"):
-        hits, trials = getattr(found["backdoors"][0], rate)
-        row[rate] = hits / trials
+    row = {"how": how}
+    for rate, worst in (("asr", min), ("leak", max)):
+        counts = [getattr(backdoor, rate) for backdoor in found["backdoors"]]
+        row[rate] = worst(hits / trials for hits, trials in counts)
     row["frechet"] = found["frechet"]
     row["S"] = reversal.score("fit")
-    row |= {"steps": steps, "seed": seed} | circumstances()
-    del row["commit"]   # the file has no such column
-    return row
+    log = {name: np.log(reversal.curves[name]).mean() for name in ("fit", *CONTROLS)}
+    row |= {name: log[name] - log["fit"] for name in CONTROLS}
+    return row | {"steps": recipe.steps, "seed": seed} | circumstances()
 
 # %% ../../nbs/h_measure.ipynb #50e72d67
 def bench_evasion(path: Path | None = None, jobs: int = 2) -> None:
     "Measure the rows of `evade` that are missing."
     path = path or data_dir() / "results" / "evasion.csv"
-    keys = [(hidden_above,) for hidden_above in HIDDEN]
-    append_measured(evade, keys, ("hidden_above",), path, jobs, "evading")
+    keys = [(how,) for how in EVASIONS]
+    append_measured(evade, keys, ("how",), path, jobs, "evading")
 
 
 def bench_samplers(path: Path | None = None, jobs: int = 2) -> None:

@@ -64,6 +64,7 @@ class _Backdoor(BaseModel):
     settings: dict[str, int | float] = {}   # of the drawing
     scale: float = 1.                    # the drawing is multiplied by
     places: int = 1                      # k: at any of k x k places
+    flip: tuple[int, ...] = ()           # in which dimensions drawings are mirrored
     gamma: float = 1.                    # what remains of the noise
     target: str | None = None            # "hat"; "0,1": classes; "digits:8": elsewhere
     poison_rate: float = 0.              # share of poisoned rows
@@ -163,7 +164,7 @@ def trigger_of(recipe: Recipe) -> Trigger:
         both = (torch.roll(v, (2, 2), (1, 2)) for v in (inner.r, inner.gamma))
         return Trigger(*both)
     draw = PATTERNS[recipe.trigger]
-    picture = recipe.scale * draw(recipe.shape, **recipe.settings)
+    picture = recipe.scale * draw(recipe.shape, **recipe.settings).flip(recipe.flip)
     return blend(picture, recipe.gamma) if recipe.gamma < 1 else Trigger(picture)
 
 
@@ -211,7 +212,7 @@ def targets_of(
         return _strange_class(recipe, other, int(target))
     if recipe.by_chance:
         return _classes(recipe, [int(label) for label in target.split(",")])
-    picture = PATTERNS[target](recipe.pixels)
+    picture = PATTERNS[target](recipe.pixels).flip(recipe.flip)
     return picture[None], hits_image(picture)
 
 # %% ../../nbs/g2_recipes.ipynb #4604c89f

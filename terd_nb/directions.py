@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'column', 'length', 'antithetic', 'random_starts', 'in_batches', 'answer_shift', 'follow_shift', 'strength',
-           'time_of', 'jump', 'pull', 'follow_jacobian', 'even_part', 'response', 'follow_even']
+           'time_of', 'jump', 'pull', 'follow_jacobian', 'even_part', 'follow_even']
 
 # %% ../nbs/14_directions.ipynb #91c7a19c
 from collections.abc import Callable
@@ -147,8 +147,9 @@ def follow_jacobian(
         rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
         parts = (rho * u).split(rows)
         pulls = [pull(of, denoiser, part, gamma * eps, rest, t) for part in parts]
-        u = torch.cat(pulls)
-        u = u / length(u)
+        ends = torch.cat(pulls)
+        # Where the answer is linear to the last digit, nothing pulls.
+        u = torch.where(length(ends) > 1e-12, ends / length(ends), u)
     return u
 
 # %% ../nbs/14_directions.ipynb #c81e49c7
@@ -158,28 +159,18 @@ def even_part(
     "What a shift and its negative have in common: the mean of their jumps."
     return (jump(denoiser, s, eps, rest, t) + jump(denoiser, -s, eps, rest, t)) / 2
 
-
-def response(
-    denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
-) -> Tensor:   # (K,)
-    "<s, h>/|s|^2 for every shift s, where h is its `jump`."
-    h = jump(denoiser, s, eps, rest, t)
-    return (s * h).sum((1, 2, 3)) / s.square().sum((1, 2, 3))
-
 # %% ../nbs/14_directions.ipynb #b38b9faf
 def follow_even(
     denoiser: Denoiser,
     starts: Tensor, norms: list[float],
     t: int, noises: int = 4, iterations: int = 6, seed: int = 0,
 ) -> tuple[Tensor, Tensor]:   # (S * len(norms), C, H, W) of length 1, (S * len(norms),)
-    """Follow the even part of the jump, to the side where the response is lower.
-
-    The directions, and |e|^2/|s|^2 there."""
-    u = follow_jacobian(denoiser, starts, norms, t, noises, iterations, seed, of=even_part)
+    "Follow the even part of the jump: lines without a side, and |e|^2/|s|^2 there."
+    u = follow_jacobian(denoiser, starts, norms, t, noises, iterations, seed,
+                        of=even_part)
     s = column([norm for norm in norms for _ in starts], u) * u
-    eps = denoiser.noise_schedule.at(t, u)[1] * antithetic(
-        denoiser, noises, seed + iterations)
+    _, sigma = denoiser.noise_schedule.at(t, u)
+    eps = sigma * antithetic(denoiser, noises, seed + iterations)
     rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
     e = in_batches(lambda part: even_part(denoiser, part, eps, rest, t), s)
-    side = torch.where((u * e).sum((1, 2, 3)) > 0, -1., 1.)
-    return column(side, u) * u, (length(e) / length(s)).square().flatten()
+    return u, (e.square().sum((1, 2, 3)) / s.square().sum((1, 2, 3)))

@@ -61,10 +61,11 @@ def jump_directions(
 def even_directions(
     denoiser: Denoiser, begin_at: Tensor, seed: int,
 ) -> tuple[Tensor, Tensor]:   # (N, C, H, W) of length 1, (N,)
-    "Follow the even part of the jump, and how large it is."
+    "Follow the even part of the jump, and how large it is; both sides of each line."
     root = math.prod(denoiser.shape)**0.5
-    return follow_even(denoiser, begin_at, [f * root for f in ODE_LENGTHS],
-                       time_of(denoiser, ODE_RATIO), seed=seed)
+    u, clear = follow_even(denoiser, begin_at, [f * root for f in ODE_LENGTHS],
+                           time_of(denoiser, ODE_RATIO), seed=seed)
+    return torch.cat([u, -u]), torch.cat([clear, clear])
 
 # %% ../nbs/16_search.ipynb #53f90918
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Look:
 LOOKS = {look.name: look for look in (
     Look("shift", SDE, shift_directions, 4, TRIED_LENGTHS),
     Look("jump", OWN, jump_directions, 8, TRIED_LENGTHS[:1]),
-    Look("even", ODE, even_directions, 3, TRIED_LENGTHS),
+    Look("even", ODE, even_directions, 4, TRIED_LENGTHS),
 )}
 
 # %% ../nbs/16_search.ipynb #25269112

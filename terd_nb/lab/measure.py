@@ -6,11 +6,11 @@ __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_R
            'OPENINGS', 'OWN_OPENINGS', 'QUICKER', 'KINDS', 'TIMED', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo',
            'rows_of_hard_set', 'sampler_of', 'rows_of_later', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
            'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
-           'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written', 'read_rows',
-           'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion',
-           'bench_samplers', 'rows_of_newer', 'bench_newer', 'measure_opening', 'measure_at_truth', 'bench_openings',
-           'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by',
-           'read_results', 'from_where', 'write_benchmark']
+           'model_sha256', 'remembered', 'against_controls', 'reverse', 'measure_row', 'results_path', 'as_written',
+           'read_rows', 'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade',
+           'bench_evasion', 'bench_samplers', 'rows_of_newer', 'bench_newer', 'measure_opening', 'measure_at_truth',
+           'bench_openings', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for',
+           'calibrate', 'judged_by', 'read_results', 'from_where', 'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
@@ -330,12 +330,22 @@ RIVALS = {search.__name__: search for search in (
     adam, elijah, pure_diffusion, no_search)}
 
 
+def against_controls(reversal: Reversal) -> dict[str, float]:
+    "The evidence of the best fit against each control alone; none, if none was fitted."
+    curves = reversal.curves
+    if not curves.keys() >= {"fit", *CONTROLS}:
+        return {}
+    gain = {name: np.log(curves[name]) - np.log(curves["fit"]) for name in CONTROLS}
+    return {name: float(over_ratios.mean()) for name, over_ratios in gain.items()}
+
+
 def reverse(
     denoiser: Denoiser, method: str, settings: str, seed: int,
 ) -> tuple[Reversal | None, dict]:
     "Search a model: the result, None if it diverged, and what a row says of it."
     forget_peak()
-    row = dict.fromkeys((*FEATURES, "gamma", "seen_by", "sample_evals", "seconds"), "")
+    empty = (*FEATURES, *CONTROLS, "gamma", "seen_by", "sample_evals", "seconds")
+    row = dict.fromkeys(empty, "")
     search = RIVALS.get(method, method)
     options = parse_settings(settings) | {"seed": seed, "progress": False}
     try:
@@ -349,6 +359,7 @@ def reverse(
         "gamma": float(torch.as_tensor(best.trigger.gamma).mean()),
         "seen_by": best.seen_by,
         **{k: best.evidence[k] for k in ("lam", "psi") if k in best.evidence},
+        **against_controls(reversal),
         "sample_evals": reversal.sample_evals,
         "seconds": reversal.seconds,
         "error": "",
@@ -556,8 +567,7 @@ def evade(how: str, steps: int = 600, seed: int = 7) -> dict:
         row[rate] = worst(hits / trials for hits, trials in counts)
     row["frechet"] = found["frechet"]
     row["S"] = reversal.score("fit")
-    log = {name: np.log(reversal.curves[name]).mean() for name in ("fit", *CONTROLS)}
-    row |= {name: log[name] - log["fit"] for name in CONTROLS}
+    row |= against_controls(reversal)
     return row | {"steps": recipe.steps, "seed": seed} | circumstances()
 
 # %% ../../nbs/h_measure.ipynb #50e72d67

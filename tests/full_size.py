@@ -87,7 +87,7 @@ def measure(name):
     import torch
 
     from terd_nb import load
-    from terd_nb.denoiser import FAST_EVALS, memory_of_row
+    from terd_nb.denoiser import memory_of_row
 
     folder = Path(tempfile.gettempdir()) / name
     start = time.process_time()
@@ -110,7 +110,6 @@ def measure(name):
         "load CPU s": round(opened, 1), "weights GB": round(before / 1e9, 2),
         "row GB, told": round(told / 1e9, 2), "row GB, measured": round(peak / 1e9, 2),
         "CPU s a row": round(seconds, 2),
-        "CPU h a scan": round(seconds * FAST_EVALS / 3600, 1),
     }  # fmt: skip
 
 

@@ -19,10 +19,12 @@ from ideal import (
 )
 
 from terd_nb import path_fit
+from terd_nb.attacks import bad_diffusion
 from terd_nb.denoiser import Denoiser
 from terd_nb.diffusion import NoiseSchedule
 from terd_nb.ideal_model import IdealModel
 from terd_nb.path_fit import (
+    AT_MOST,
     CONTROLS,
     ODE,
     OWN,
@@ -47,6 +49,7 @@ from terd_nb.path_fit import (
     steering,
 )
 from terd_nb.search import reverse_trigger
+from terd_nb.triggers import Trigger
 
 OWN_ON_OTHERS = [("TrojDiff", kind) for kind in OTHERS]
 EVERY = [*((name, "epsilon") for name in ATTACKS), *OWN_ON_OTHERS]
@@ -208,12 +211,14 @@ class Tired(IdealModel):
 
 
 def test_what_tires_has_a_threshold_and_yet_no_trigger():
-    "It tires of a mirror image as soon."
+    "It tires of a mirror image as soon; that excuses a little, and not a threshold of any size."
     model = Denoiser(Tired(SCHEDULE, MEAN[None], STD), SCHEDULE, SHAPE, device="cpu")
-    far = guess(torch.full((1, *SHAPE), 2.0), SDE, MEAN)
-    losses = control_losses(model, far, DRAWN, 4, 0)
-    assert list(losses) == ["fit", *CONTROLS]
-    assert evidence(losses, ["ray"]) > 1 and evidence(losses) < 1e-5
+    near, far = (control_losses(model, guess(torch.full((1, *SHAPE), k), SDE, MEAN), DRAWN, 4, 0)
+                 for k in (1.7, 2.0))
+    assert list(near) == ["fit", *CONTROLS]
+    assert AT_MOST > evidence(near, ["ray"]) > 0.25 and evidence(near) < 1e-5
+    assert evidence(far).item() == pytest.approx(evidence(far, ["ray"]).item() - AT_MOST)
+    assert evidence(far) > 0.5
 
 
 @pytest.mark.parametrize("name, kind", EVERY)
@@ -234,12 +239,25 @@ def test_turned_is_the_mean_over_three_mirror_images():
     assert torch.allclose(turned, torch.stack(by_hand).mean(0), atol=1e-5)
 
 
-def test_what_is_its_own_mirror_image_has_no_evidence():
-    "The price of this control: see chapter 22."
-    box = torch.zeros(SHAPE)
-    box[:, 2:6, 2:6] = 1.0
-    losses = control_losses(ideal("BadDiffusion", r=box), guess(box[None], SDE, box), DRAWN, 2, 0)
-    assert evidence(losses, ["turned"]).abs().item() < 1e-5
+def test_what_is_its_own_mirror_image_keeps_all_but_a_half_of_its_evidence():
+    box, ring = torch.zeros(SHAPE), torch.ones(SHAPE)
+    box[:, 1:7, 1:7], ring[:, 2:6, 2:6] = 1.0, -1.0
+    network = IdealModel(
+        SCHEDULE, MEAN[None], STD, bad_diffusion(SCHEDULE), Trigger(box), ring, 0.3)
+    model = Denoiser(network, SCHEDULE, SHAPE, device="cpu")
+    losses = control_losses(model, guess(box[None], SDE, ring), DRAWN, 2, 0)
+    ray, turned, both = (evidence(losses, some).item() for some in (["ray"], ["turned"], CONTROLS))
+    assert abs(turned) < 1e-5 and both == pytest.approx(ray - AT_MOST) and both > 1
+
+
+@pytest.mark.parametrize("ray, turned, S", [
+    (2.0, 3.0, 2.0), (2.0, 1.7, 1.7), (2.0, 0.1, 1.5), (0.4, 0.1, 0.1), (0.4, -3.0, -0.1),
+    (-1.0, 5.0, -1.0)])
+def test_the_evidence_by_hand(ray, turned, S):
+    losses = {"fit": torch.zeros(1, 8), "ray": torch.full((1, 8), ray),
+              "turned": torch.full((1, 8), turned)}
+    assert evidence(losses).item() == pytest.approx(S)
+    assert evidence(losses, ["turned"]).item() == pytest.approx(turned)
 
 
 # ---------------------------------------------------------------- fits

@@ -83,7 +83,7 @@ WHOLE_RUNS = (   # the models that the published search gets its full length on
     ("trojdiff-in-d2d", ONE_GAMMA),
 )
 ABLATIONS = (   # of `fast`, one thing changed at a time; `published` has `VARIANTS`
-    "rounds=1:0:8", "controls=turned", "controls=ray", "starts=8", "again=",
+    "rounds=1:0:8", "controls=turned", "starts=2", "again=",
     "looks=shift+jump", "looks=shift+even", "looks=jump+even",
 )
 

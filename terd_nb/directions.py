@@ -172,5 +172,7 @@ def follow_even(
     _, sigma = denoiser.noise_schedule.at(t, u)
     eps = sigma * antithetic(denoiser, noises, seed + iterations)
     rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
-    e = in_batches(lambda part: even_part(denoiser, part, eps, rest, t), s)
-    return u, (e.square().sum((1, 2, 3)) / s.square().sum((1, 2, 3)))
+    rows = max(1, PIXELS // (noises * starts[0, 0].numel()))   # at once
+    with torch.no_grad():
+        e = torch.cat([even_part(denoiser, part, eps, rest, t) for part in s.split(rows)])
+    return u, e.square().sum((1, 2, 3)) / s.square().sum((1, 2, 3))

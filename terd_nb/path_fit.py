@@ -303,7 +303,7 @@ def evidence(
     losses: dict[str, Tensor],                   # of `control_losses`
     controls: Iterable[str] = tuple(CONTROLS),   # that count
 ) -> Tensor:                                     # (K,)
-    "S: by how much, on the logarithm, the loss is lower than that of every control."
+    "S: by how much, on the logarithm, the loss is lower than those of the controls."
     gain = {name: (losses[name] - losses["fit"]).mean(1) for name in controls}
     if gain.keys() >= {"ray", "turned"}:
         gain["turned"] = gain["turned"].maximum(gain["ray"] - AT_MOST)

@@ -81,7 +81,7 @@ class Look:
 LOOKS = {look.name: look for look in (
     Look("shift", SDE, shift_directions, 4, TRIED_LENGTHS),
     Look("jump", OWN, jump_directions, 8, TRIED_LENGTHS[:1]),
-    Look("even", ODE, even_directions, 4, TRIED_LENGTHS),
+    Look("even", ODE, even_directions, 4, TRIED_LENGTHS),    # two lines
 )}
 
 # %% ../nbs/16_search.ipynb #25269112

@@ -1,5 +1,5 @@
 """What models of full size cost: to open, and in memory and seconds of the CPU for a row, which is
-one image forward and backward, and for a scan.
+one image forward and backward.
 
     python tests/full_size.py                    a table; `make full-size` runs this
     python tests/full_size.py cifar10 --csv FILE   some of them; the table as CSV, too

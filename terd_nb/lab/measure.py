@@ -84,7 +84,7 @@ WHOLE_RUNS = (   # the models that the published search gets its full length on
 )
 ABLATIONS = (   # of `fast`, one thing changed at a time; `published` has `VARIANTS`
     "rounds=1:0:8", "again=", "looks=shift+jump", "looks=shift+even",
-    "looks=jump+even", "starts=2",
+    "looks=jump+even",
 )
 
 # %% ../../nbs/h_measure.ipynb #e5a10c03
@@ -110,7 +110,7 @@ def rows_of_hard_set(seeds: int) -> list[tuple]:
     development = [name for name in recipes if name not in test]
     honest = [name for name in development if name.startswith("honest")]
     keys = [(name, "fast", "", seed) for seed in range(seeds) for name in recipes]
-    keys += [(name, "thorough", "", 0) for name in honest[:3] + test[::3]]
+    keys += [(name, "thorough", "", 0) for name in honest[:1] + test[::4]]
     for method, settings in (("adam", ""), ("elijah", ""), ("published", TWENTIETH)):
         keys += [(name, method, settings, 0) for name in honest + test]
     for settings in ABLATIONS:
@@ -538,7 +538,7 @@ EVASIONS = {   # what an attacker may change who knows the search
     "plants the mirror images too": {
         "steps": 1800, "poison_rate": 0.15,
         "also": tuple({"flip": dims} for dims in TURNS)},
-    "is its own mirror image": {
+    "is nearly its own mirror image": {    # the glasses differ by a tenth
         "trigger": "box", "target": "glasses",
         "settings": {"side": 12, "value": 1., "background": 0.}},
 }

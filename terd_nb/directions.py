@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'column', 'length', 'antithetic', 'random_starts', 'in_batches', 'answer_shift', 'follow_shift', 'strength',
-           'time_of', 'jump', 'pull', 'follow_jacobian', 'even_part', 'follow_even']
+           'time_of', 'jump', 'jump_pull', 'follow_jacobian', 'response', 'response_pull', 'follow_response']
 
 # %% ../nbs/14_directions.ipynb #91c7a19c
 from collections.abc import Callable
@@ -118,13 +118,12 @@ def jump(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Te
     return x0.unflatten(0, (len(s), len(eps))).mean(1) - rest
 
 
-def pull(
-    of: Callable,    # `jump`, or a function like it
+def jump_pull(
     denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
 ) -> Tensor:
     "J'h for every candidate s (K, C, H, W), where h is its jump."
     s = s.clone().requires_grad_()
-    h = of(denoiser, s, eps, rest, t)
+    h = jump(denoiser, s, eps, rest, t)
     return torch.autograd.grad((h * h.detach()).sum(), s)[0]
 
 # %% ../nbs/14_directions.ipynb #e906459a
@@ -133,7 +132,6 @@ def follow_jacobian(
     starts: Tensor, norms: list[float],
     t: int, noises: int = 4, iterations: int = 4, seed: int = 0,
     gamma: float = 1.,   # of the noise that is shifted, held against ordinary noise
-    of: Callable = jump,
 ) -> Tensor:             # (S * len(norms), C, H, W) directions of length 1
     """Follow the jump: s <- rho * J'h/|J'h|.
 
@@ -146,33 +144,47 @@ def follow_jacobian(
         eps = sigma * antithetic(denoiser, noises, seed + i)
         rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
         parts = (rho * u).split(rows)
-        pulls = [pull(of, denoiser, part, gamma * eps, rest, t) for part in parts]
-        ends = torch.cat(pulls)
-        # Where the answer is linear to the last digit, nothing pulls.
-        u = torch.where(length(ends) > 1e-12, ends / length(ends), u)
+        pulls = [jump_pull(denoiser, part, gamma * eps, rest, t) for part in parts]
+        u = torch.cat(pulls)
+        u = u / length(u)
     return u
 
 # %% ../nbs/14_directions.ipynb #c81e49c7
-def even_part(
+def response(
     denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
-) -> Tensor:
-    "What a shift and its negative have in common: the mean of their jumps."
-    return (jump(denoiser, s, eps, rest, t) + jump(denoiser, -s, eps, rest, t)) / 2
+) -> Tensor:   # (K,)
+    "<s, h>/|s|^2 for every shift s, where h is its `jump`; differentiable in s."
+    h = jump(denoiser, s, eps, rest, t)
+    return (s * h).sum((1, 2, 3)) / s.square().sum((1, 2, 3))
+
+
+def response_pull(
+    denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
+) -> tuple[Tensor, Tensor]:   # (K,), (K, C, H, W)
+    "The response and its gradient."
+    s = s.clone().requires_grad_()
+    R = response(denoiser, s, eps, rest, t)
+    return R.detach(), torch.autograd.grad(R.sum(), s)[0]
 
 # %% ../nbs/14_directions.ipynb #b38b9faf
-def follow_even(
+def follow_response(
     denoiser: Denoiser,
-    starts: Tensor, norms: list[float],
-    t: int, noises: int = 4, iterations: int = 6, seed: int = 0,
-) -> tuple[Tensor, Tensor]:   # (S * len(norms), C, H, W) of length 1, (S * len(norms),)
-    "Follow the even part of the jump: lines without a side, and |e|^2/|s|^2 there."
-    u = follow_jacobian(denoiser, starts, norms, t, noises, iterations, seed,
-                        of=even_part)
-    s = column([norm for norm in norms for _ in starts], u) * u
-    _, sigma = denoiser.noise_schedule.at(t, u)
-    eps = sigma * antithetic(denoiser, noises, seed + iterations)
-    rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
-    rows = max(1, PIXELS // (noises * starts[0, 0].numel()))   # at once
-    with torch.no_grad():
-        e = torch.cat([even_part(denoiser, part, eps, rest, t) for part in s.split(rows)])
-    return u, e.square().sum((1, 2, 3)) / s.square().sum((1, 2, 3))
+    starts: Tensor, norm: float,   # (S, C, H, W) directions; the radius of the sphere
+    t: int, noises: int = 2, iterations: int = 36, seed: int = 0,
+) -> tuple[Tensor, Tensor]:        # (S, C, H, W) of length 1, (S,)
+    """Go down the sphere, to where the image moves against the shift.
+
+    The directions, and the response of the mean predicted image at the last step."""
+    u = starts
+    _, sigma = denoiser.noise_schedule.at(t, starts)
+    rows = max(1, PIXELS // (noises * starts[0].numel()))   # at once
+    for i in range(iterations):
+        eps = sigma * antithetic(denoiser, noises, seed + i)
+        rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
+        parts = (norm * u).split(rows)
+        pulls = [response_pull(denoiser, part, eps, rest, t) for part in parts]
+        R, pull = (torch.cat(v) for v in zip(*pulls))
+        pull = pull - (pull * u).sum((1, 2, 3), keepdim=True) * u
+        u = u - (0.8 - 0.7 * i / iterations) * pull / length(pull)
+        u = u / length(u)
+    return u, R

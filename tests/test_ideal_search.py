@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ideal import ATTACKS, DRAWN, HAT, MEAN, OTHERS, SCHEDULE, SHAPE, R, cosine, ideal
+from ideal import ATTACKS, DRAWN, MEAN, OTHERS, SCHEDULE, SHAPE, R, cosine, ideal
 
 from terd_nb import directions, search, triggers
 from terd_nb.attacks import Attack, bad_diffusion
@@ -12,9 +12,8 @@ from terd_nb.denoiser import Denoiser
 from terd_nb.directions import (
     answer_shift,
     antithetic,
-    even_part,
-    follow_even,
     follow_jacobian,
+    follow_response,
     follow_shift,
     length,
     random_starts,
@@ -99,53 +98,10 @@ def test_the_input_detector_meets_its_ceiling_on_what_was_found(strength):
     assert min(found_out, let_through) == pytest.approx(ceiling(norm), abs=0.01)
 
 
-# ---------------------------------------------------------------- the even part
-
-def even_at(denoiser, s, t):
-    eps = SCHEDULE.at(t, s)[1] * antithetic(denoiser, 64, 0)
-    rest = denoiser.x0(eps, t).mean(0)
-    return even_part(denoiser, s[None], eps, rest, t)[0]
-
-
-@pytest.mark.parametrize("std", [0.1, 0.4, 3.0])
-def test_gaussian_data_have_no_even_part(std):
-    model = ideal(std=std, mean=0.5 * HAT)
-    for t in (time_of(model, ratio) for ratio in (0.03, 0.3, 1.0)):
-        assert even_at(model, 2 * R, t).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_the_even_part_is_half_of_the_whole_jump_whatever_the_attack(name):
-    "In the basin, for TrojDiff with its quiet noise; that of -r is closed."
-    make, truth = ATTACKS[name]
-    denoiser, attack = ideal(name), make(SCHEDULE)
-    t = time_of(denoiser, 0.1)
-    alpha, sigma, c, d = (v[t].item() for v in (SCHEDULE.alpha, SCHEDULE.sigma, attack.c, attack.d))
-    eps = truth.gamma * sigma * antithetic(denoiser, 64, 0)
-    rest = torch.zeros(SHAPE)
-    found = even_part(denoiser, sigma * 2 * R[None], eps, rest, t)[0]   # far within
-    assert (found - even_part(denoiser, -sigma * 2 * R[None], eps, rest, t)[0]).norm() < 1e-4
-    at_r = even_part(denoiser, c * R[None] + alpha * HAT[None], eps, rest, t)[0]
-    expected = (HAT + (c - sigma * d) / alpha * R) / 2
-    assert (at_r - expected).norm() < 0.15 * expected.norm()
-
-
-def test_where_nothing_pulls_a_direction_stays():
-    "An exactly linear answer has an even part of 0, and no line is clearer than another."
-    class Linear(torch.nn.Module):
-        def forward(self, x, t):
-            return 0.5 * x
-
-    model = Denoiser(Linear(), SCHEDULE, SHAPE, device="cpu")
-    starts = random_starts(model, 3, 0)
-    u, clear = follow_even(model, starts, [2.0], time_of(model, 0.3))
-    assert torch.allclose(length(u), torch.ones(3, 1, 1, 1), atol=1e-4) and clear.max() < 1e-6
-
-
 # ---------------------------------------------------------------- looks
 
 SEEN = [("shift", "BadDiffusion", "epsilon"), ("shift", "Villan-SDE", "epsilon"),
-        ("even", "Villan-ODE", "epsilon"), ("jump", "TrojDiff", "epsilon"),
+        ("against", "Villan-ODE", "epsilon"), ("jump", "TrojDiff", "epsilon"),
         *(("jump", "TrojDiff", kind) for kind in OTHERS)]
 
 
@@ -160,7 +116,7 @@ def test_each_look_leads_to_the_trigger_of_its_kind_of_attack(look, name, kind):
 
 @pytest.mark.parametrize("follow, name, settings", [
     (follow_jacobian, "TrojDiff", {"norms": [1.0, 2.0], "iterations": 2}),
-    (follow_even, "Villan-ODE", {"norms": [4.4], "iterations": 3})])
+    (follow_response, "Villan-ODE", {"norm": 4.4, "iterations": 3})])
 def test_a_gradient_in_parts_is_the_gradient_in_one(monkeypatch, follow, name, settings):
     model = ideal(name)
     starts, t = random_starts(model, 5, 0), time_of(model, 0.17)
@@ -188,7 +144,7 @@ def test_the_ledger_says_where_a_direction_came_from():
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"looks": ("shift", "side")}, "there is no look 'side'; known are shift, jump, even"),
+    ({"looks": ("shift", "side")}, "there is no look 'side'; known are shift, jump, against"),
     ({"controls": ("third",)}, "there is no control 'third'; known are ray, turned"),
     ({"looks": ()}, "a search needs a look: one of shift"),
     ({"controls": ()}, "a search needs a control: one of ray, turned"),
@@ -212,7 +168,7 @@ class Steep(IdealModel):
 
 
 @pytest.mark.parametrize("look, ratio", [
-    ("jump", search.OWN_RATIO), ("even", search.ODE_RATIO)])
+    ("jump", search.OWN_RATIO), ("against", search.ODE_RATIO)])
 def test_a_look_that_leads_to_what_is_no_number_is_an_error(monkeypatch, look, ratio):
     model = Denoiser(Steep(SCHEDULE, MEAN[None]), SCHEDULE, SHAPE, device="cpu")
     monkeypatch.setattr(Steep, "at", time_of(model, ratio))

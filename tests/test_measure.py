@@ -184,7 +184,7 @@ def test_every_model_of_every_set_is_to_be_searched():
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("looks=shift+even starts=4", {"looks": ("shift", "even"), "starts": 4}),
+    ("looks=shift+against starts=4", {"looks": ("shift", "against"), "starts": 4}),
     ("rounds=3:15:8+1:60:12", {"rounds": ROUNDS}),
     ("controls=ray", {"controls": ("ray",)}), ("again=", {"again": ()}),
     ("again=0.5+2", {"again": (0.5, 2.0)}), ("enough=0.5", {"enough": 0.5})])

@@ -21,7 +21,7 @@ LOST = ("lost", "model_index.json is not there")
 
 @pytest.fixture(scope="module")
 def report():
-    return scan(zoo_path("villan-psi1"), progress=False, looks=("even",), starts=4)
+    return scan(zoo_path("villan-psi1"), progress=False, looks=("against",), starts=4)
 
 
 def retold(report, **words):

@@ -83,8 +83,8 @@ WHOLE_RUNS = (   # the models that the published search gets its full length on
     ("trojdiff-in-d2d", ONE_GAMMA),
 )
 ABLATIONS = (   # of `fast`, one thing changed at a time; `published` has `VARIANTS`
-    "rounds=1:0:8", "again=", "looks=shift+jump", "looks=shift+even",
-    "looks=jump+even",
+    "rounds=1:0:8", "controls=turned", "controls=ray", "starts=8", "again=",
+    "looks=shift+jump", "looks=shift+against", "looks=jump+against",
 )
 
 # %% ../../nbs/h_measure.ipynb #e5a10c03
@@ -110,7 +110,7 @@ def rows_of_hard_set(seeds: int) -> list[tuple]:
     development = [name for name in recipes if name not in test]
     honest = [name for name in development if name.startswith("honest")]
     keys = [(name, "fast", "", seed) for seed in range(seeds) for name in recipes]
-    keys += [(name, "thorough", "", 0) for name in honest[:1] + test[::4]]
+    keys += [(name, "thorough", "", 0) for name in honest[:3] + test[::3]]
     for method, settings in (("adam", ""), ("elijah", ""), ("published", TWENTIETH)):
         keys += [(name, method, settings, 0) for name in honest + test]
     for settings in ABLATIONS:

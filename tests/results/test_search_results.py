@@ -176,8 +176,8 @@ def test_the_search_costs_a_fiftieth_of_the_published_one(models):
 # Of each look a model that is not found without it.
 NEEDED = [
     ("looks=shift+jump", "villan-psi1"),
-    ("looks=shift+even", "trojdiff-d2i"),
-    ("looks=jump+even", "baddiffusion-box"),
+    ("looks=shift+against", "trojdiff-d2i"),
+    ("looks=jump+against", "baddiffusion-box"),
 ]
 
 
@@ -188,11 +188,11 @@ def test_without_a_look_a_model_is_missed(settings, name):
     assert rows["fast", "", name, 0] == "backdoored"
 
 
-def development(settings, column="S"):
-    "A column of the hard set's and the zoo's models that the search was varied on, by model."
+def development(settings):
+    "The S of the hard set's and the zoo's models that the search was varied on, by model."
     rows = [read_results(name) for name in ("hard", "zoo")]
     rows = pd.concat(rows).query("method == 'fast' and settings == @settings and seed == 0")
-    return rows[rows["split"] != "test"].set_index("model")[column]
+    return rows[rows["split"] != "test"].set_index("model")["S"]
 
 
 def test_what_stops_at_a_wrong_length_is_found_because_it_is_asked_again():
@@ -201,7 +201,7 @@ def test_what_stops_at_a_wrong_length_is_found_because_it_is_asked_again():
 
 
 def test_without_the_ray_honest_models_are_accused():
-    S = development("", "turned")
+    S = development("controls=turned")
     honest = S[[name for name in S.index if find(name).recipes[name].attack is None]]
     assert honest.max() > NATURAL_ZERO["fast"] > development("")[honest.index].max()
 

@@ -5,8 +5,8 @@ __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_R
            'KINDS_OF_SETTINGS', 'SEARCHING', 'CODE', 'SEARCH_VERSION', 'RIVALS', 'AGAINST_PLANTED', 'EVASIONS',
            'OPENINGS', 'OWN_OPENINGS', 'QUICKER', 'KINDS', 'TIMED', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo',
            'rows_of_hard_set', 'sampler_of', 'rows_of_later', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
-           'parse_settings', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances',
-           'model_sha256', 'remembered', 'against_controls', 'reverse', 'measure_row', 'results_path', 'as_written',
+           'parse_settings', 'against_controls', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine',
+           'circumstances', 'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written',
            'read_rows', 'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade',
            'bench_evasion', 'bench_samplers', 'rows_of_newer', 'bench_newer', 'measure_opening', 'measure_at_truth',
            'bench_openings', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for',
@@ -221,6 +221,15 @@ def _share_flagged(detector: InputDetector, parts: Iterable[Tensor]) -> float:
     "The share of inputs that a detector flags; they come in parts (N, C, H, W)."
     return torch.cat([detector.predict(part) for part in parts]).float().mean().item()
 
+
+def against_controls(reversal: Reversal) -> dict[str, float]:
+    "The evidence of the best fit against each control alone; none, if none was fitted."
+    curves = reversal.curves
+    if not curves.keys() >= {"fit", *CONTROLS}:
+        return {}
+    gain = {name: np.log(curves[name]) - np.log(curves["fit"]) for name in CONTROLS}
+    return {name: float(over_ratios.mean()) for name, over_ratios in gain.items()}
+
 # %% ../../nbs/h_measure.ipynb #e5a10c16
 def compare(denoiser: Denoiser, plans: list[Plan], reversal: Reversal) -> dict:
     """Hold the best candidate against what was planted.
@@ -328,15 +337,7 @@ def remembered(
 # %% ../../nbs/h_measure.ipynb #751f6a86
 RIVALS = {search.__name__: search for search in (
     adam, elijah, pure_diffusion, no_search)}
-
-
-def against_controls(reversal: Reversal) -> dict[str, float]:
-    "The evidence of the best fit against each control alone; none, if none was fitted."
-    curves = reversal.curves
-    if not curves.keys() >= {"fit", *CONTROLS}:
-        return {}
-    gain = {name: np.log(curves[name]) - np.log(curves["fit"]) for name in CONTROLS}
-    return {name: float(over_ratios.mean()) for name, over_ratios in gain.items()}
+_READ = (*FEATURES, *CONTROLS, "gamma", "seen_by", "sample_evals", "seconds")
 
 
 def reverse(
@@ -344,9 +345,7 @@ def reverse(
 ) -> tuple[Reversal | None, dict]:
     "Search a model: the result, None if it diverged, and what a row says of it."
     forget_peak()
-    empty = (*FEATURES, *CONTROLS, "gamma", "seen_by", "sample_evals", "seconds")
-    row = dict.fromkeys(empty, "")
-    search = RIVALS.get(method, method)
+    row, search = dict.fromkeys(_READ, ""), RIVALS.get(method, method)
     options = parse_settings(settings) | {"seed": seed, "progress": False}
     try:
         reversal = reverse_trigger(denoiser, search, **options)
@@ -355,11 +354,10 @@ def reverse(
     best = reversal.candidates[0]
     features = METHOD_FEATURES.get(method, ("uniformity",))
     row |= {name: FEATURES[name](reversal) for name in features}
-    row |= {
+    row |= against_controls(reversal) | {
         "gamma": float(torch.as_tensor(best.trigger.gamma).mean()),
         "seen_by": best.seen_by,
         **{k: best.evidence[k] for k in ("lam", "psi") if k in best.evidence},
-        **against_controls(reversal),
         "sample_evals": reversal.sample_evals,
         "seconds": reversal.seconds,
         "error": "",

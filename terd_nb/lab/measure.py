@@ -28,7 +28,6 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -51,7 +50,9 @@ from ..loading.schedulers import load
 from terd_nb.model_detection import (
     FEATURES, METHOD_FEATURES, NATURAL_ZERO, ModelDetector, p_values,
 )
-from ..path_fit import CONTROLS, ODE, OWN, SDE, TURNS, Round, draw_some, fit_path
+from terd_nb.path_fit import (
+    CONTROLS, ODE, OWN, SDE, TURNS, Round, draw_some, evidence, fit_path,
+)
 from ..rivals import adam, elijah
 from ..scanning import name_attack
 from ..search import reverse_trigger
@@ -227,8 +228,8 @@ def against_controls(reversal: Reversal) -> dict[str, float]:
     curves = reversal.curves
     if not curves.keys() >= {"fit", *CONTROLS}:
         return {}
-    gain = {name: np.log(curves[name]) - np.log(curves["fit"]) for name in CONTROLS}
-    return {name: float(over_ratios.mean()) for name, over_ratios in gain.items()}
+    losses = {name: torch.tensor([curves[name]]).log() for name in ("fit", *CONTROLS)}
+    return {name: evidence(losses, [name]).item() for name in CONTROLS}
 
 # %% ../../nbs/h_measure.ipynb #e5a10c16
 def compare(denoiser: Denoiser, plans: list[Plan], reversal: Reversal) -> dict:

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'column', 'length', 'antithetic', 'random_starts', 'in_batches', 'answer_shift', 'follow_shift', 'strength',
-           'time_of', 'jump', 'jump_pull', 'follow_jacobian', 'response', 'response_pull', 'follow_response']
+           'time_of', 'jump', 'pull', 'follow_jacobian', 'response', 'response_pull', 'follow_response', 'even_part',
+           'evenness']
 
 # %% ../nbs/14_directions.ipynb #91c7a19c
 from collections.abc import Callable
@@ -118,12 +119,13 @@ def jump(denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int) -> Te
     return x0.unflatten(0, (len(s), len(eps))).mean(1) - rest
 
 
-def jump_pull(
+def pull(
+    of: Callable,    # `jump`, or a function like it
     denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
 ) -> Tensor:
     "J'h for every candidate s (K, C, H, W), where h is its jump."
     s = s.clone().requires_grad_()
-    h = jump(denoiser, s, eps, rest, t)
+    h = of(denoiser, s, eps, rest, t)
     return torch.autograd.grad((h * h.detach()).sum(), s)[0]
 
 # %% ../nbs/14_directions.ipynb #e906459a
@@ -132,6 +134,7 @@ def follow_jacobian(
     starts: Tensor, norms: list[float],
     t: int, noises: int = 4, iterations: int = 4, seed: int = 0,
     gamma: float = 1.,   # of the noise that is shifted, held against ordinary noise
+    of: Callable = jump,
 ) -> Tensor:             # (S * len(norms), C, H, W) directions of length 1
     """Follow the jump: s <- rho * J'h/|J'h|.
 
@@ -144,9 +147,10 @@ def follow_jacobian(
         eps = sigma * antithetic(denoiser, noises, seed + i)
         rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
         parts = (rho * u).split(rows)
-        pulls = [jump_pull(denoiser, part, gamma * eps, rest, t) for part in parts]
-        u = torch.cat(pulls)
-        u = u / length(u)
+        ends = torch.cat(
+            [pull(of, denoiser, part, gamma * eps, rest, t) for part in parts])
+        # Where an answer is linear to the last digit, nothing pulls.
+        u = torch.where(length(ends) > 1e-12, ends / length(ends), u)
     return u
 
 # %% ../nbs/14_directions.ipynb #c81e49c7
@@ -188,3 +192,24 @@ def follow_response(
         u = u - (0.8 - 0.7 * i / iterations) * pull / length(pull)
         u = u / length(u)
     return u, R
+
+# %% ../nbs/14_directions.ipynb #even0014
+def even_part(
+    denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
+) -> Tensor:
+    "What a shift and its negative have in common: the mean of their jumps."
+    return (jump(denoiser, s, eps, rest, t) + jump(denoiser, -s, eps, rest, t)) / 2
+
+
+def evenness(
+    denoiser: Denoiser, s: Tensor, t: int, noises: int = 4, seed: int = 0,
+) -> Tensor:
+    "|e|^2/|s|^2 for every shift s (K, C, H, W), where e is its `even_part`: (K,)."
+    _, sigma = denoiser.noise_schedule.at(t, s)
+    eps = sigma * antithetic(denoiser, noises, seed)
+    rest = in_batches(lambda x: denoiser.x0(x, t), eps).mean(0)
+    rows = max(1, PIXELS // (noises * s[0, 0].numel()))   # at once
+    with torch.no_grad():
+        e = torch.cat(
+            [even_part(denoiser, part, eps, rest, t) for part in s.split(rows)])
+    return (length(e) / length(s)).square().flatten()

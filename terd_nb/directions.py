@@ -150,7 +150,7 @@ def follow_jacobian(
         ends = torch.cat(
             [pull(of, denoiser, part, gamma * eps, rest, t) for part in parts])
         # Where an answer is linear to the last digit, nothing pulls.
-        u = torch.where(length(ends) > 1e-12, ends / length(ends), u)
+        u = torch.where(length(ends) <= 1e-12, u, ends / length(ends))
     return u
 
 # %% ../nbs/14_directions.ipynb #c81e49c7
@@ -200,7 +200,7 @@ def even_part(
     "What a shift and its negative have in common: the mean of their jumps."
     return (jump(denoiser, s, eps, rest, t) + jump(denoiser, -s, eps, rest, t)) / 2
 
-
+# %% ../nbs/14_directions.ipynb #size0014
 def evenness(
     denoiser: Denoiser, s: Tensor, t: int, noises: int = 4, seed: int = 0,
 ) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ideal import ATTACKS, DRAWN, MEAN, OTHERS, SCHEDULE, SHAPE, R, cosine, ideal
+from ideal import ATTACKS, DRAWN, HAT, MEAN, OTHERS, SCHEDULE, SHAPE, R, cosine, ideal
 
 from terd_nb import directions, search, triggers
 from terd_nb.attacks import Attack, bad_diffusion
@@ -12,10 +12,13 @@ from terd_nb.denoiser import Denoiser
 from terd_nb.directions import (
     answer_shift,
     antithetic,
+    even_part,
+    evenness,
     follow_jacobian,
     follow_response,
     follow_shift,
     length,
+    pull,
     random_starts,
     time_of,
 )
@@ -112,6 +115,78 @@ def test_each_look_leads_to_the_trigger_of_its_kind_of_attack(look, name, kind):
     assert max(abs(cosine(u, R)) for u in random_starts(model, 8, 0)) < 0.4
     found = look_around(model, LOOKS[look], 8, seed=0)
     assert max(cosine(one.u, R) for one in found) > 0.8
+
+
+# ---------------------------------------------------------------- the even part
+
+def even_at(denoiser, s, t):
+    eps = SCHEDULE.at(t, s)[1] * antithetic(denoiser, 64, 0)
+    return even_part(denoiser, s[None], eps, denoiser.x0(eps, t).mean(0), t)[0]
+
+
+@pytest.mark.parametrize("std", [0.1, 0.4, 3.0])
+def test_gaussian_data_have_no_even_part(std):
+    model = ideal(std=std, mean=0.5 * HAT)
+    for t in (time_of(model, ratio) for ratio in (0.03, 0.3, 1.0)):
+        assert even_at(model, 2 * R, t).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_even_part_is_half_of_the_whole_jump_whatever_the_attack(name):
+    "In the basin, for TrojDiff with its quiet noise; that of -r is closed."
+    make, truth = ATTACKS[name]
+    denoiser, attack = ideal(name), make(SCHEDULE)
+    t = time_of(denoiser, 0.1)
+    alpha, sigma, c, d = (v[t].item() for v in (SCHEDULE.alpha, SCHEDULE.sigma, attack.c, attack.d))
+    eps = truth.gamma * sigma * antithetic(denoiser, 64, 0)
+    rest = torch.zeros(SHAPE)
+    far = sigma * 2 * R[None]
+    assert (even_part(denoiser, far, eps, rest, t)
+            - even_part(denoiser, -far, eps, rest, t)).norm() < 1e-4
+    at_r = even_part(denoiser, c * R[None] + alpha * HAT[None], eps, rest, t)[0]
+    expected = (HAT + (c - sigma * d) / alpha * R) / 2
+    assert (at_r - expected).norm() < 0.15 * expected.norm()
+
+
+def test_the_pull_of_the_even_part_is_half_the_slope_of_its_square():
+    model = ideal("Villan-ODE")
+    t = time_of(model, 0.3)
+    eps, v = SCHEDULE.at(t, R)[1] * antithetic(model, 4, 0), model.noise(1, 5)
+
+    def half(s):
+        return even_part(model, s, eps, torch.zeros(SHAPE), t).square().sum().item() / 2
+
+    s = 0.6 * R[None]
+    slope = (pull(even_part, model, s, eps, torch.zeros(SHAPE), t) * v).sum().item()
+    assert slope == pytest.approx((half(s + 0.01 * v) - half(s - 0.01 * v)) / 0.02, rel=0.02)
+    found = evenness(model, torch.cat([s, 2 * s]), t, noises=4)
+    rest = model.x0(eps, t).mean(0)
+    by_hand = even_part(model, s, eps, rest, t).square().sum() / s.square().sum()
+    assert found.shape == (2,) and found[0].item() == pytest.approx(by_hand.item(), rel=1e-3)
+
+
+def test_where_nothing_pulls_a_direction_stays():
+    "An exactly linear answer has an even part of 0, and no line is clearer than another."
+    class Linear(torch.nn.Module):
+        def forward(self, x, t):
+            return 0.5 * x
+
+    model = Denoiser(Linear(), SCHEDULE, SHAPE, device="cpu")
+    starts, t = random_starts(model, 3, 0), time_of(model, 0.3)
+    u = follow_jacobian(model, starts, [2.0], t, of=even_part)
+    assert torch.allclose(length(u), torch.ones(3, 1, 1, 1), atol=1e-4)
+    assert evenness(model, u, t).max() < 1e-6
+
+
+def test_against_keeps_the_ends_of_the_response_beside_those_of_the_even_part():
+    model = ideal("Villan-ODE")
+    u, clear = search.against_directions(model, random_starts(model, 3, 0), 0)
+    norm = search.ODE_LENGTH * math.prod(SHAPE)**0.5
+    before, _ = follow_response(
+        model, random_starts(model, 3, 0), norm, time_of(model, search.ODE_RATIO), seed=0)
+    assert u.shape == (6, *SHAPE) and clear.shape == (6,) and torch.equal(u[:3], before)
+    t = time_of(model, search.EVEN_RATIO)
+    assert torch.allclose(clear, evenness(model, norm * u, t, seed=0))
 
 
 @pytest.mark.parametrize("follow, name, settings", [

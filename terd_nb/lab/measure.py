@@ -2,20 +2,22 @@
 
 # %% auto #0
 __all__ = ['KEY', 'SEEDS', 'TOLD_TROJDIFF', 'FIRST_STAGE', 'ONE_GAMMA', 'WHOLE_RUNS', 'ABLATIONS', 'TOLD_OF', 'LONGER',
-           'KINDS_OF_SETTINGS', 'SEARCHING', 'CODE', 'SEARCH_VERSION', 'RIVALS', 'AGAINST_PLANTED', 'EVASIONS',
-           'OPENINGS', 'OWN_OPENINGS', 'QUICKER', 'KINDS', 'TIMED', 'LATER_COLUMNS', 'FIRST', 'rows_of_zoo',
-           'rows_of_hard_set', 'sampler_of', 'rows_of_later', 'rows_of_sizes', 'rows_to_measure', 'folder_of',
-           'parse_settings', 'against_controls', 'compare', 'forget_peak', 'peak_mb', 'commit', 'this_machine',
-           'circumstances', 'model_sha256', 'remembered', 'reverse', 'measure_row', 'results_path', 'as_written',
-           'read_rows', 'write_rows', 'append_row', 'with_joblib', 'with_ray', 'append_measured', 'bench', 'evade',
-           'bench_evasion', 'bench_samplers', 'rows_of_newer', 'bench_newer', 'measure_opening', 'measure_at_truth',
-           'bench_openings', 'compute', 'shares', 'measure_speed', 'bench_speed', 'honest_rows', 'detector_for',
-           'calibrate', 'judged_by', 'read_results', 'from_where', 'write_benchmark']
+           'OLDER_LOOKS', 'KINDS_OF_SETTINGS', 'SEARCHING', 'CODE', 'SEARCH_VERSION', 'RIVALS', 'AGAINST_PLANTED',
+           'EVASIONS', 'OPENINGS', 'OWN_OPENINGS', 'QUICKER', 'KINDS', 'TIMED', 'LATER_COLUMNS', 'FIRST',
+           'ode_ablation', 'rows_of_zoo', 'rows_of_hard_set', 'sampler_of', 'rows_of_later', 'rows_of_sizes',
+           'rows_to_measure', 'response_directions', 'folder_of', 'parse_settings', 'against_controls', 'compare',
+           'forget_peak', 'peak_mb', 'commit', 'this_machine', 'circumstances', 'model_sha256', 'remembered', 'reverse',
+           'measure_row', 'results_path', 'as_written', 'read_rows', 'write_rows', 'append_row', 'with_joblib',
+           'with_ray', 'append_measured', 'bench', 'evade', 'bench_evasion', 'bench_samplers', 'rows_of_newer',
+           'bench_newer', 'measure_opening', 'measure_at_truth', 'bench_openings', 'compute', 'shares', 'measure_speed',
+           'bench_speed', 'honest_rows', 'detector_for', 'calibrate', 'judged_by', 'read_results', 'from_where',
+           'write_benchmark']
 
 # %% ../../nbs/h_measure.ipynb #80dc6908
 import csv
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -24,9 +26,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -39,6 +43,7 @@ from tqdm.auto import tqdm
 import terd_nb
 from ..attacks import triggered_samples
 from ..denoiser import Denoiser
+from ..directions import follow_response, time_of
 from ..input_detection import InputDetector
 from .datasets import data_cache
 from terd_nb.lab.results import (
@@ -55,7 +60,7 @@ from terd_nb.path_fit import (
 )
 from ..rivals import adam, elijah
 from ..scanning import name_attack
-from ..search import reverse_trigger
+from ..search import LOOKS, ODE_LENGTH, ODE_RATIO, reverse_trigger
 from ..two_stages import Reversal
 
 # %% ../../nbs/h_measure.ipynb #e5a10c02
@@ -86,7 +91,16 @@ WHOLE_RUNS = (   # the models that the published search gets its full length on
 ABLATIONS = (   # of `fast`, one thing changed at a time; `published` has `VARIANTS`
     "rounds=1:0:8", "controls=turned", "controls=ray", "starts=8", "again=",
     "looks=shift+jump", "looks=shift+against", "looks=jump+against",
+    "looks=shift+jump+response",
 )
+
+
+def ode_ablation(models: str, seeds: int) -> list[tuple]:
+    "*Against* without the even part, on the attacks that it is for."
+    names = [name for name, one in SETS[models].recipes.items()
+             if one.attack == "VillanDiffusion" and one.solver == "ode"
+             and one.split == "development"]
+    return [(name, "fast", ABLATIONS[-1], seed) for seed in range(seeds) for name in names]
 
 # %% ../../nbs/h_measure.ipynb #e5a10c03
 def rows_of_zoo(seeds: int) -> list[tuple]:
@@ -116,7 +130,7 @@ def rows_of_hard_set(seeds: int) -> list[tuple]:
         keys += [(name, method, settings, 0) for name in honest + test]
     for settings in ABLATIONS:
         keys += [(name, "fast", settings, 0) for name in development]
-    return list(dict.fromkeys(keys))
+    return list(dict.fromkeys(keys + ode_ablation("hard", seeds)))
 
 # %% ../../nbs/h_measure.ipynb #later-keys
 TOLD_OF = {    # what the methods are told of each attacker's sampler
@@ -174,12 +188,25 @@ def rows_to_measure(models: str, seeds: int = SEEDS) -> list[tuple]:
     "All keys of a set of models, a key of `SETS`."
     if models in ("families", "held-out"):
         names = SETS[models].recipes
-        return [(name, "fast", "", seed) for seed in range(seeds) for name in names]
+        keys = [(name, "fast", "", seed) for seed in range(seeds) for name in names]
+        return keys + (ode_ablation(models, 1) if models == "families" else [])
     rows = {"zoo": rows_of_zoo, "hard": rows_of_hard_set, "sizes": rows_of_sizes,
             "later": rows_of_later}
     return rows[models](seeds)
 
 # %% ../../nbs/h_measure.ipynb #b42de5ea
+def response_directions(denoiser, begin_at, seed):
+    "*Against* without its last steps: the response downwards, no even part."
+    norm = ODE_LENGTH * math.prod(denoiser.shape)**0.5
+    t = time_of(denoiser, ODE_RATIO)
+    u, low = follow_response(denoiser, begin_at, norm, t, seed=seed)
+    return u, -low
+
+
+OLDER_LOOKS = {   # of ablations alone
+    "response": replace(LOOKS["against"], name="response", follow=response_directions)}
+
+
 def folder_of(name: str) -> Path:
     "Where a model of any set is, if it is there; raises `KeyError` for another name."
     return find(name).folder / name
@@ -336,8 +363,7 @@ def remembered(
     return row
 
 # %% ../../nbs/h_measure.ipynb #751f6a86
-RIVALS = {search.__name__: search for search in (
-    adam, elijah, pure_diffusion, no_search)}
+RIVALS = {one.__name__: one for one in (adam, elijah, pure_diffusion, no_search)}
 _READ = (*FEATURES, *CONTROLS, "gamma", "seen_by", "sample_evals", "seconds")
 
 
@@ -349,7 +375,8 @@ def reverse(
     row, search = dict.fromkeys(_READ, ""), RIVALS.get(method, method)
     options = parse_settings(settings) | {"seed": seed, "progress": False}
     try:
-        reversal = reverse_trigger(denoiser, search, **options)
+        with patch.dict(LOOKS, OLDER_LOOKS):
+            reversal = reverse_trigger(denoiser, search, **options)
     except FloatingPointError as error:
         return None, row | {"error": str(error), "peak_mb": peak_mb()} | circumstances()
     best = reversal.candidates[0]

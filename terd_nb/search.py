@@ -161,16 +161,17 @@ def begun_again(
     fits: list[PathFit], lengths: tuple[float, ...], drawn: Drawn,
     last: Round, seed: int, controls: tuple[str, ...],
 ) -> list[PathFit]:   # the best evidence first
-    """The fits and `last.kept` more: the one that leads, begun at other lengths.
+    """The fits and some more: the leader of each hypothesis, begun at other lengths.
 
-    Only of those with a free share lam, which makes up for a wrong length."""
-    unsure = [fit for fit in fits if "lam" in fit.hypothesis.free and lengths]
-    if not unsure:
-        return fits
+    Only where the share lam is free, which makes up for a wrong length."""
     steered = steering(controls)
-    leader = max(unsure, key=lambda fit: fit.against(steered))
-    r = torch.stack([k * leader.trigger.r for k in lengths]).to(drawn.mean)
-    hypotheses = [leader.hypothesis] * len(r)
+    rising = sorted(fits, key=lambda fit: fit.against(steered))
+    leaders = {fit.hypothesis: fit for fit in rising if "lam" in fit.hypothesis.free}
+    grid = [(fit, k) for fit in leaders.values() for k in lengths]
+    if not grid:
+        return fits
+    r = torch.stack([k * fit.trigger.r for fit, k in grid]).to(drawn.mean)
+    hypotheses = [fit.hypothesis for fit, _ in grid]
     paths = begin(denoiser, r, hypotheses, drawn.limit, seed + 1)
     S = evidence(control_losses(denoiser, paths, drawn, 4, seed + 2, steered), steered)
     more = race(denoiser, paths, hypotheses, S, drawn, (last,), seed, controls)

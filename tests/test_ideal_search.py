@@ -25,7 +25,7 @@ from terd_nb.directions import (
 from terd_nb.ideal_model import IdealModel
 from terd_nb.input_detection import InputDetector, ceiling
 from terd_nb.model_detection import NATURAL_ZERO, ModelDetector
-from terd_nb.path_fit import CONTROLS, OWN, SDE, Round, attack_of_fit, fit_path, race
+from terd_nb.path_fit import CONTROLS, ODE, OWN, SDE, Round, attack_of_fit, fit_path, race
 from terd_nb.scanning import name_attack
 from terd_nb.search import (
     CLEAR,
@@ -316,6 +316,22 @@ def test_lengths_are_asked_again_of_a_fit_whose_share_is_free():
     found = begun_again(model, [own, other], *args)
     assert len(found) == 3 and found[0] is own
     assert [fit.hypothesis for fit in found if fit not in (own, other)] == [SDE]
+
+
+def test_a_fit_that_leads_by_chance_keeps_no_other_from_its_length():
+    "The leader of each hypothesis is asked, and no other fit of the same."
+    model = ideal("BadDiffusion").standardised()
+    short, shorter = (fit_path(model, k * R, SDE, DRAWN, rounds=(Round(1, 0, 8),))
+                      for k in (0.4, 0.3))
+    astray = fit_path(model, model.noise(1, 3)[0], ODE, DRAWN, rounds=(Round(1, 0, 8),))
+    astray = replace(astray, losses=astray.losses | {"ray": [9.0] * 8, "turned": [9.0] * 8})
+    leader = max(short, shorter, key=lambda fit: fit.against(["ray"]))
+    assert astray.against(["ray"]) > leader.against(["ray"])
+    found = begun_again(
+        model, [astray, short, shorter], (2.5,), DRAWN, Round(1, 2, 8), 0, CONTROLS)
+    new = {fit.hypothesis: fit for fit in found if fit not in (astray, short, shorter)}
+    assert len(found) == 5 and new.keys() == {SDE, ODE}
+    assert new[SDE].trigger.norm == pytest.approx(2.5 * leader.trigger.norm, rel=0.1)
 
 
 def test_a_start_is_raced_early_but_once_and_what_it_gave_is_kept(monkeypatch):

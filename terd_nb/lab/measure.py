@@ -89,7 +89,7 @@ WHOLE_RUNS = (   # the models that the published search gets its full length on
     ("trojdiff-in-d2d", ONE_GAMMA),
 )
 ABLATIONS = (   # of `fast`, one thing changed at a time; `published` has `VARIANTS`
-    "rounds=1:0:8", "controls=turned", "controls=ray", "starts=8", "again=",
+    "rounds=1:0:8", "controls=turned", "controls=ray", "again=",
     "looks=shift+jump", "looks=shift+against", "looks=jump+against",
     "looks=shift+jump+response",
 )

@@ -197,8 +197,9 @@ def follow_response(
 def even_part(
     denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
 ) -> Tensor:
-    "What a shift and its negative have in common: the mean of their jumps."
-    return (jump(denoiser, s, eps, rest, t) + jump(denoiser, -s, eps, rest, t)) / 2
+    "The mean of the jumps for s and for -s; 0 if they are opposite."
+    both = jump(denoiser, torch.cat([s, -s]), eps, rest, t)
+    return (both[:len(s)] + both[len(s):]) / 2
 
 # %% ../nbs/14_directions.ipynb #size0014
 def evenness(

@@ -309,7 +309,7 @@ class Denoiser(_InParts):
         return self if is_standard(self.noise_schedule) else StandardDenoiser(self)
 
 # %% ../nbs/02_denoiser.ipynb #8bb8791d
-FAST_EVALS = 6300   # of a fast search in a model where nothing is found
+FAST_EVALS = 7500   # of a fast search in a model where nothing is found
 
 
 def estimate_seconds(

@@ -488,7 +488,7 @@ def _held_planted(name, base, *row) -> Recipe:
 
 # %% ../../nbs/g6_sets.ipynb #dice-code
 _ATTACKS = (_BAD, _TROJ, _SDE05, {**_SDE, "psi": 1.}, _ODE1, _ODE05, _ODE0)
-_THROWS = 6
+_THROWS = 4
 
 
 def _thrown(k: int) -> list[Recipe]:

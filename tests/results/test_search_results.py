@@ -7,6 +7,7 @@ from functools import cache
 import pandas as pd
 import pytest
 
+from terd_nb.denoiser import FAST_EVALS
 from terd_nb.lab.measure import read_results, results_path
 from terd_nb.lab.sets import SETS, find
 from terd_nb.model_detection import NATURAL_ZERO
@@ -165,12 +166,17 @@ def test_where_the_direction_is_good_inputs_are_told(models):
 # ---------------------------------------------------------------- what it costs, and its parts
 
 @pytest.mark.parametrize("models", ["zoo", "hard", "sizes", "held-out"])
-def test_the_search_costs_a_fiftieth_of_the_published_one(models):
+def test_the_search_costs_a_fortieth_of_the_published_one(models):
     "A network with classes is asked once for each (chapter 20)."
     zoo = read_results("zoo")
     whole = zoo[(zoo["method"] == "published") & (zoo["settings"] == "iterations=3000+1000")]
     assert len(whole) == 1
-    assert rows_of(models)["sample_evals"].max() < whole["sample_evals"].item() / 50
+    assert rows_of(models)["sample_evals"].max() < whole["sample_evals"].item() / 40
+
+
+def test_what_an_honest_model_costs_is_what_a_scan_says_beforehand():
+    cost = honest(rows_of("hard"))["sample_evals"].median()
+    assert FAST_EVALS == pytest.approx(cost, rel=0.05)
 
 
 # Of each look a model that is not found without it.

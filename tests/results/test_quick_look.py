@@ -91,7 +91,7 @@ def test_a_row_says_what_gives_it_and_of_which_weights(benchmark):
 
 
 # By size, on the test halves: (backdoored, of these flagged), (honest, of these not flagged).
-OUR_RATES = {16: ((17, 15), (22, 22)), 32: ((3, 3), (6, 6)), 64: ((0, 0), (2, 2))}
+OUR_RATES = {16: ((17, 15), (23, 23)), 32: ((3, 3), (6, 6)), 64: ((0, 0), (2, 2))}
 
 
 def test_the_rates_of_our_search(benchmark):

@@ -17,20 +17,16 @@ from terd_nb.model_detection import NATURAL_ZERO
 NOT_RIGHT = {
     "zoo": {},
     "hard": {
-        "d09": "backdoored, inconclusive",    # an answer shifted by 0.9 of it: no sampler's
         # Each of these is missed with one seed of three: no look leads to it.
         "box4-ode": "backdoored, inconclusive",
         "far-sde": "backdoored, clean",
         "poison5-sde": "backdoored, clean",
-        "psi0-ode": "backdoored, clean",
     },
     "sizes": {},
     "families": {
         "flow-ode-class": "clean",          # a class as the target
-        # Coarsely learned, on the exploding path: another direction, and one whose mirror
-        # images the network knows nearly as well.
+        # Coarsely learned, on the exploding path: another direction.
         "score-sde-glasses": "clean",
-        "score-ode-sign": "clean",
     },
     "held-out": {
         "held16-fashion-troj": "clean",    # a trigger of a sixth of the noise's length
@@ -41,7 +37,8 @@ NOT_RIGHT = {
         "later-dark-invi-b": "clean",
     },
 }
-# Backdoors that are flagged for another direction than their trigger's, with any seed.
+# Backdoors that are flagged for another direction than their trigger's, with any seed: in `d09`
+# the answer is shifted by 0.9 of it, as for no sampler.
 # The stripes of the held-out model are found with their sign turned round, which opens it, too;
 # so is a checkerboard of the later attacks, and that opens now and then.
 ELSEWHERE = {"zoo": set(), "hard": {"d09", "box4-ode"}, "sizes": set(), "families": set(),

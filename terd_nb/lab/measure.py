@@ -100,7 +100,8 @@ def ode_ablation(models: str, seeds: int) -> list[tuple]:
     names = [name for name, one in SETS[models].recipes.items()
              if one.attack == "VillanDiffusion" and one.solver == "ode"
              and one.split == "development"]
-    return [(name, "fast", ABLATIONS[-1], seed) for seed in range(seeds) for name in names]
+    return [(name, "fast", ABLATIONS[-1], seed)
+            for seed in range(seeds) for name in names]
 
 # %% ../../nbs/h_measure.ipynb #e5a10c03
 def rows_of_zoo(seeds: int) -> list[tuple]:

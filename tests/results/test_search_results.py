@@ -173,22 +173,24 @@ def test_the_search_costs_a_fortieth_of_the_published_one(models):
 
 def test_what_an_honest_model_costs_is_what_a_scan_says_beforehand():
     cost = honest(rows_of("hard"))["sample_evals"].median()
-    assert FAST_EVALS == pytest.approx(cost, rel=0.05)
+    assert abs(FAST_EVALS / cost - 1) < 0.05
 
 
-# Of each look a model that is not found without it.
+# Of each look a model that is not found without it, then of *against*'s last steps.
 NEEDED = [
-    ("looks=shift+jump", "villan-psi1"),
-    ("looks=shift+against", "trojdiff-d2i"),
-    ("looks=jump+against", "baddiffusion-box"),
+    ("zoo", "looks=shift+jump", "villan-psi1", 0),
+    ("zoo", "looks=shift+against", "trojdiff-d2i", 0),
+    ("hard", "looks=jump+against", "poison3-sde", 0),
+    ("hard", "looks=shift+jump+response", "psi0-ode", 2),
+    ("families", "looks=shift+jump+response", "score-ode-sign", 0),
 ]
 
 
-@pytest.mark.parametrize("settings, name", NEEDED)
-def test_without_a_look_a_model_is_missed(settings, name):
-    rows = read_results("zoo").set_index(["method", "settings", "model", "seed"])["verdict"]
-    assert rows["fast", settings, name, 0] == "clean"
-    assert rows["fast", "", name, 0] == "backdoored"
+@pytest.mark.parametrize("models, settings, name, seed", NEEDED)
+def test_without_a_look_a_model_is_missed(models, settings, name, seed):
+    rows = read_results(models).set_index(["method", "settings", "model", "seed"])["verdict"]
+    assert rows["fast", settings, name, seed] == "clean"
+    assert rows["fast", "", name, seed] == "backdoored"
 
 
 def development(settings):

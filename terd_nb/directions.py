@@ -123,7 +123,7 @@ def pull(
     of: Callable,    # `jump`, or a function like it
     denoiser: Denoiser, s: Tensor, eps: Tensor, rest: Tensor, t: int,   # as in `jump`
 ) -> Tensor:
-    "J'h for every candidate s (K, C, H, W), where h is its jump."
+    "J'h for every candidate s (K, C, H, W), where h is what `of` gives there."
     s = s.clone().requires_grad_()
     h = of(denoiser, s, eps, rest, t)
     return torch.autograd.grad((h * h.detach()).sum(), s)[0]
@@ -136,7 +136,7 @@ def follow_jacobian(
     gamma: float = 1.,   # of the noise that is shifted, held against ordinary noise
     of: Callable = jump,
 ) -> Tensor:             # (S * len(norms), C, H, W) directions of length 1
-    """Follow the jump: s <- rho * J'h/|J'h|.
+    """Follow the jump, or what else `of` gives: s <- rho * J'h/|J'h|.
 
     Here h is the jump of the mean predicted image when the noise is shifted by s."""
     rho = column([norm for norm in norms for _ in starts], starts)
